@@ -1,0 +1,92 @@
+"""nano_moca: how a generative vision-language model becomes a bidirectional multimodal embedding model.
+
+    import nano_moca
+    moca = nano_moca.load("path or hub id")
+    vectors = moca.embed(["a cat", {"text": "...", "images": [image]}])
+
+Reading order: config, attention, vision, language, model, weights, processor, masking, kernels, losses, data,
+trainer, and then the training loops train_cpt.py and train_cl.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nano_moca.config import MocaError, load_config
+from nano_moca.model import VLM
+from nano_moca.processor import MARK, Processor, Record
+from nano_moca.weights import build, find_checkpoint, stored_dtype
+
+__all__ = ["MARK", "Moca", "MocaError", "Record", "load"]
+TOKENS_AT_ONCE = 8192  # a forward pass's budget: items are packed up to it
+
+
+@dataclass
+class Moca:
+    """A model and its processor, with how hidden states become embeddings."""
+
+    model: VLM
+    processor: Processor
+    attention: str = "bidirectional"
+    pooling: str = "mean"
+
+    @torch.inference_mode()
+    def embed(self, items: Sequence[str | dict | Record]) -> Tensor:
+        """Unit vectors [N, D], float32 on the CPU, in the items' order.
+
+        An item is a text, or {"text": ..., "images": [paths, bytes or PIL images]} with one mark
+        `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot be used.
+        """
+        records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
+        vectors, waiting, tokens = [], [], 0
+        for number, record in enumerate(records):
+            waiting.append(self.processor.encode(record))
+            tokens += len(waiting[-1].tokens)
+            if tokens >= TOKENS_AT_ONCE or number + 1 == len(records):
+                batch = self.processor.pack(waiting).to(self.model.head.device)
+                vectors.append(self.model.embed(batch, self.attention == "causal", self.pooling).cpu())
+                waiting, tokens = [], 0
+        return torch.cat(vectors) if vectors else torch.empty(0, self.model.config.width)
+
+    def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
+        """What a causal model says next, greedily, up to its end token or `steps` tokens."""
+        records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
+        batch = self.processor.batch(records).to(self.model.head.device)
+        tokens = self.model.greedy(batch, steps, self.processor.end_token)
+        return [self.processor.tokenizer.decode(t, skip_special_tokens=False) for t in tokens]
+
+
+def as_record(item: str | dict | Record, source: str) -> Record:
+    """A text, a {"text", "images"} object or a record, as a record."""
+    if isinstance(item, Record):
+        return item
+    if isinstance(item, str):
+        return Record(item, [], source)
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+        raise MocaError(f'{source} is no text and no object {{"text": ..., "images": [...]}}')
+    return Record(item["text"], list(item.get("images") or []), source)
+
+
+def load(path_or_hub_id: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+         attention: str = "bidirectional", pooling: str = "mean", min_pixels: int | None = None,
+         max_pixels: int | None = None) -> Moca:
+    """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
+
+    device: default CUDA if there is one. dtype: default float32 on CPU, the checkpoint's own on CUDA.
+    attention: "bidirectional" or "causal"; pooling: "mean" or "last". The pixel limits of images are the
+    checkpoint's unless given. MocaError says what is wrong with the files.
+    """
+    if attention not in ("bidirectional", "causal") or pooling not in ("mean", "last"):
+        raise MocaError(f"attention is {attention!r} and pooling {pooling!r}: "
+                        "use bidirectional or causal, mean or last")
+    folder = find_checkpoint(path_or_hub_id)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (stored_dtype(load_config(folder)) if device.type == "cuda" else torch.float32)
+    model = build(folder, device, dtype).eval()
+    return Moca(model, Processor.load(folder, model.config, min_pixels, max_pixels), attention, pooling)
+

@@ -1,0 +1,160 @@
+"""The vision-language model, and the three things one does with it: caption, embed, restore.
+
+    tokens, patches -> embeddings, with image tokens from the vision tower in their places -> decoder -> hidden states
+
+- `greedy` reads the hidden states causally and predicts the next token: what the checkpoint was made for.
+- `embed` reads them in both directions and pools each sequence into one unit vector: what MoCa makes of it.
+- `Restorer` (stage 1) predicts hidden words by the model's own output head and hidden patches by one more layer.
+
+Left out: video, sampling, key-value caches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nano_moca.attention import Segments
+from nano_moca.config import Config
+from nano_moca.language import Decoder, DecoderLayer, mrope_angles
+from nano_moca.vision import VisionTower
+
+if TYPE_CHECKING:  # only for annotations: these files stand further down the road
+    from nano_moca.masking import Corruption
+    from nano_moca.processor import Batch
+
+
+class VLM(nn.Module):
+    """Qwen2-VL or Qwen2.5-VL: vision tower, decoder, output head (the embedding itself when tied)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.always_see = False  # run the vision tower without images too: sharded ranks must keep step
+        self.visual = VisionTower(config.vision)
+        self.language = Decoder(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """[V, D]: the output embedding."""
+        return self.language.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def input_embeddings(self, batch: Batch) -> Tensor:
+        """[T, D]: each token's embedding, and at image tokens what the vision tower made of their patches."""
+        x = self.language.embed_tokens(batch.tokens)  # [T, D]
+        if len(batch.grids):
+            image_tokens = self.visual(batch.patches, batch.grids)  # [G, D]
+            return x.index_copy(0, batch.image_rows, image_tokens.to(x.dtype))
+        if self.always_see:
+            # Under FSDP every rank must join every all-gather, or the others wait forever: see one blank group.
+            side = self.config.vision.merge
+            blank = x.new_zeros(side * side, self.config.vision.patch_values)
+            x = x + 0.0 * self.visual(blank, torch.tensor([[1, side, side]])).sum()
+        return x
+
+    def forward(self, batch: Batch, causal: bool) -> Tensor:
+        """The hidden states of a packed batch after the final norm, [T, D]."""
+        segments = Segments(batch.lengths, batch.tokens.device)
+        return self.language(self.input_embeddings(batch), batch.positions, segments, causal)
+
+    def embed(self, batch: Batch, causal: bool, pooling: str) -> Tensor:
+        """Unit vectors [N, D] float32, one a sequence: the mean of its hidden states, or its last one."""
+        return F.normalize(pool(self(batch, causal), batch, pooling), dim=-1)
+
+    @torch.no_grad()
+    def greedy(self, batch: Batch, steps: int, end: int) -> list[list[int]]:
+        """The `steps` likeliest next tokens of each sequence, cut before the token `end`. Causal, uncached."""
+        embeddings = list(self.input_embeddings(batch).split(batch.lengths))
+        positions = list(batch.positions.split(batch.lengths, dim=1))
+        captions: list[list[int]] = [[] for _ in embeddings]
+        for _ in range(steps):
+            segments = Segments(tuple(len(x) for x in embeddings), batch.tokens.device)
+            hidden = self.language(torch.cat(embeddings), torch.cat(positions, 1), segments, causal=True)
+            last = hidden[segments.offsets[1:].long() - 1]  # [N, D]
+            tokens = (last @ self.head.T).argmax(-1)  # [N]
+            for n, token in enumerate(tokens.tolist()):
+                captions[n].append(token)
+                embeddings[n] = torch.cat([embeddings[n], self.language.embed_tokens(tokens[n : n + 1])])
+                after = positions[n].max() + 1  # all three axes go on from the largest position so far
+                positions[n] = torch.cat([positions[n], after.expand(3, 1)], 1)
+            if all(end in caption for caption in captions):
+                break
+        return [caption[: caption.index(end)] if end in caption else caption for caption in captions]
+
+
+def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+    """Hidden states [T, D] -> one float32 vector a sequence, [N, D]: "mean" or "last"."""
+    ends = batch.cu_seqlens[1:].to(hidden.device)  # [N]
+    if pooling == "last":
+        return hidden[ends - 1].float()
+    if pooling != "mean":
+        raise ValueError(f"pooling is {pooling!r}; it is 'mean' or 'last'")
+    lengths = torch.tensor(batch.lengths, device=hidden.device)
+    owner = torch.repeat_interleave(torch.arange(len(ends), device=hidden.device), lengths)  # [T]
+    sums = hidden.new_zeros(len(ends), hidden.shape[1], dtype=torch.float32)
+    return sums.index_add(0, owner, hidden.float()) / lengths[:, None]
+
+
+class PatchDecoder(nn.Module):
+    """Stage 1's MAE decoder: one bidirectional decoder layer and a linear map to pixels."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = DecoderLayer(config)
+        self.head = nn.Linear(config.width, config.vision.group_values)
+
+    def start_from(self, layer: DecoderLayer) -> None:
+        """Start from a layer of the decoder (MoCa takes the middle one); the linear map starts small."""
+        self.layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+        """Hidden states [T, D] of the decoder -> pixels [G, 4704] of the groups whose tokens are `rows` [G]."""
+        segments = Segments(batch.lengths, hidden.device)
+        angles = mrope_angles(batch.positions, self.config)
+        return self.head(self.layer(hidden, angles, segments, causal=False)[rows])
+
+
+class Restorer(nn.Module):
+    """Stage 1: the model and its MAE decoder, with the loss computed inside `forward`.
+
+    Inside, because FSDP holds the embedding (and so a tied head) whole only while the root's forward runs.
+    """
+
+    def __init__(self, vlm: VLM) -> None:
+        super().__init__()
+        self.vlm = vlm
+        with torch.device(vlm.head.device):
+            self.patch_decoder = PatchDecoder(vlm.config)
+
+    def forward(self, corruption: Corruption, causal: bool, loss: Callable) -> tuple[Tensor, Tensor]:
+        """Run the corrupted batch and hand what was hidden to `loss`: masked_reconstruction_loss or its like."""
+        hidden = self.vlm(corruption.batch, causal)  # [T, D]
+        predicted = self.patch_decoder(hidden, corruption.batch, corruption.group_rows)  # [G, 4704]
+        return loss(hidden[corruption.text_rows], self.vlm.head, corruption.labels, predicted, corruption.target)
+
+
+def initialise(model: VLM, seed: int) -> None:
+    """Random weights for training from nothing: what the nano base starts from."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_q" in name:
+            nn.init.ones_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.zeros_(parameter)
+        else:
+            spread = 0.02 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+            # what writes into the residual stream starts smaller the deeper the tower is
+            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+                spread /= (2 * model.config.layers) ** 0.5
+            nn.init.normal_(parameter, std=spread, generator=generator)
+
