@@ -86,7 +86,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None, d
                         "use bidirectional or causal, mean or last")
     folder = find_checkpoint(path_or_hub_id)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (stored_dtype(load_config(folder)) if device.type == "cuda" else torch.float32)
-    model = build(folder, device, dtype).eval()
-    return Moca(model, Processor.load(folder, model.config, min_pixels, max_pixels), attention, pooling)
+    config = load_config(folder)
+    processor = Processor.load(folder, config, min_pixels, max_pixels)
+    model = build(folder, config, device, dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32))
+    return Moca(model.eval(), processor, attention, pooling)
 

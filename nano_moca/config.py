@@ -63,6 +63,11 @@ class Config:
     raw: dict  # the file's content, from which a saved model's config.json is made
 
     @property
+    def stored_vocabulary(self) -> int:
+        """Rows in the checkpoint's files: fewer than `vocabulary` when it grew for a mask token."""
+        return self.raw.get("text_config", self.raw).get("vocab_size", self.vocabulary)
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
@@ -164,19 +169,19 @@ def nano_config(vocabulary: int, special: dict[str, int]) -> Config:
 
     vocabulary: rows of the embedding. special: the tokenizer's ids of its special tokens, by their names.
     """
-    width = 192
+    width = 160
     raw = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-        "hidden_size": width, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 4096,
+        "hidden_size": width, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 5,
+        "num_key_value_heads": 1, "vocab_size": vocabulary, "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
         "bos_token_id": special["<|endoftext|>"], "eos_token_id": special["<|im_end|>"],
         "vision_start_token_id": special["<|vision_start|>"], "vision_end_token_id": special["<|vision_end|>"],
         "image_token_id": special["<|image_pad|>"], "video_token_id": special["<|video_pad|>"],
         "vision_config": {
-            "depth": 4, "hidden_size": 128, "intermediate_size": 344, "num_heads": 4, "out_hidden_size": width,
-            "window_size": 56, "fullatt_block_indexes": [3], "patch_size": 14, "temporal_patch_size": 2,
+            "depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 3, "out_hidden_size": width,
+            "window_size": 56, "fullatt_block_indexes": [2], "patch_size": 14, "temporal_patch_size": 2,
             "spatial_merge_size": 2, "hidden_act": "silu",
         },
         "torch_dtype": "float32",

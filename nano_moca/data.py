@@ -116,7 +116,7 @@ class Records(Sequence):
         if path.startswith(BUILTIN):
             from nano_moca.builtin import Builtin  # stands beside the road: only the default needs it
 
-            self.parts: list[Sequence] = [Builtin(path.partition(":")[2] or "all", seed)]
+            self.parts: list[Sequence] = [Builtin(path.partition(":")[2] or "train", seed)]
         else:
             self.parts = [JsonLines(f) if f.suffix == ".jsonl" else Parquet(f) for f in data_files(path)]
         self.starts = np.cumsum([0, *map(len, self.parts)])

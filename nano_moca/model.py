@@ -11,13 +11,13 @@ Left out: video, sampling, key-value caches.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nano_moca.attention import Segments
 from nano_moca.config import Config
@@ -111,11 +111,15 @@ class PatchDecoder(nn.Module):
         self.layer = DecoderLayer(config)
         self.head = nn.Linear(config.width, config.vision.group_values)
 
-    def start_from(self, layer: DecoderLayer) -> None:
-        """Start from a layer of the decoder (MoCa takes the middle one); the linear map starts small."""
-        self.layer.load_state_dict(copy.deepcopy(layer.state_dict()))
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+    @torch.no_grad()
+    def start_from(self, decoder: Decoder, seed: int) -> None:
+        """The layer starts as the decoder's middle one (as MoCa's does), the linear map small and random."""
+        middle = decoder.layers[len(decoder.layers) // 2]
+        for mine, theirs in zip(self.layer.parameters(), middle.parameters(), strict=True):
+            mine.copy_(theirs)
+        generator = torch.Generator().manual_seed(seed)
+        fill(self.head.weight, torch.randn(self.head.weight.shape, generator=generator) * 0.02)
+        fill(self.head.bias, torch.zeros(self.head.bias.shape))
 
     def forward(self, hidden: Tensor, batch: Batch, rows: Tensor) -> Tensor:
         """Hidden states [T, D] of the decoder -> pixels [G, 4704] of the groups whose tokens are `rows` [G]."""
@@ -133,7 +137,7 @@ class Restorer(nn.Module):
     def __init__(self, vlm: VLM) -> None:
         super().__init__()
         self.vlm = vlm
-        with torch.device(vlm.head.device):
+        with torch.device(vlm.head.device):  # "meta" while a model is being built
             self.patch_decoder = PatchDecoder(vlm.config)
 
     def forward(self, corruption: Corruption, causal: bool, loss: Callable) -> tuple[Tensor, Tensor]:
@@ -143,8 +147,17 @@ class Restorer(nn.Module):
         return loss(hidden[corruption.text_rows], self.vlm.head, corruption.labels, predicted, corruption.target)
 
 
+@torch.no_grad()
+def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Copy a whole tensor into a parameter. Of a sharded one, every rank takes its own rows: nothing is sent."""
+    if isinstance(parameter, DTensor):
+        tensor = tensor.to(parameter.device, parameter.dtype)
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(tensor)
+
+
 def initialise(model: VLM, seed: int) -> None:
-    """Random weights for training from nothing: what the nano base starts from."""
+    """Random weights to train from nothing, as the nano base was."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_q" in name:
@@ -157,4 +170,3 @@ def initialise(model: VLM, seed: int) -> None:
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
                 spread /= (2 * model.config.layers) ** 0.5
             nn.init.normal_(parameter, std=spread, generator=generator)
-

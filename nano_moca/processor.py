@@ -123,7 +123,8 @@ class Processor:
         if config.raw.get("image_token_id", self.image_token) != self.image_token:
             raise MocaError(f"{where}: <|image_pad|> is {self.image_token}, config.json says "
                             f"{config.raw['image_token_id']}: take both files from one checkpoint")
-        if MASK not in added:  # the first id after the tokenizer's last; Qwen's embeddings have padded rows there
+        self.mask_is_new = MASK not in added
+        if self.mask_is_new:  # the first id after the tokenizer's last; Qwen's embeddings have padded rows there
             tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
         self.mask_token = tokenizer.token_to_id(MASK)
         self.end_token = tokenizer.token_to_id("<|im_end|>")

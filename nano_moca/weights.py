@@ -16,6 +16,7 @@ Saved files are in the first layout, which every version of transformers and the
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -24,11 +25,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
 
-from nano_moca.config import Config, MocaError, load_config, read_json
-from nano_moca.model import VLM
+from nano_moca.config import Config, MocaError, read_json
+from nano_moca.model import VLM, fill
 
 # (how a stored name begins, how ours does), the first that fits counts
 LAYOUTS = (
@@ -38,6 +38,7 @@ LAYOUTS = (
     ("model.", "language."),
     ("lm_head.", "lm_head."),
 )
+VOCABULARY_ROWS = ("language.embed_tokens.weight", "lm_head.weight")
 FILES = ("*.json", "*.safetensors")
 SHARD_BYTES = 5 * 10**9
 
@@ -104,24 +105,25 @@ def read_tensor(file: Path, key: str) -> Tensor:
 
 def check_names(header: dict, model: VLM, folder: Path) -> dict[str, str]:
     """Match stored tensors with the model's parameters. Returns {our name: stored name} or says what is wrong."""
+    config, names, wrong = model.config, {}, []
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    names: dict[str, str] = {}
-    wrong = []
     for stored, (file, shape) in header.items():
         name = our_name(stored)
-        if name is None or (name == "lm_head.weight" and model.config.tied):
+        if name is None or (name == "lm_head.weight" and config.tied):
             continue  # a tied head is compared with the embedding in load_weights
-        if name not in shapes:
+        asked = shapes.get(name)
+        if name in VOCABULARY_ROWS and asked:
+            asked = (config.stored_vocabulary, asked[1])  # a grown vocabulary has more rows than the file
+        elif name == "visual.patch_embed.weight" and len(shape) == 5:  # a convolution's kernel: flatten it
+            shape = (shape[0], math.prod(shape[1:]))
+        if asked is None:
             wrong.append(f"unexpected {stored} in {file.name}")
         elif name in names:
             wrong.append(f"twice, as {names[name]} and {stored}")
-        elif shape != shapes[name] and not (name.endswith("patch_embed.weight") and shape[0] == shapes[name][0]
-                                            and torch.Size(shape).numel() == torch.Size(shapes[name]).numel()):
-            wrong.append(f"{stored} has shape {list(shape)}, config.json asks for {list(shapes[name])}")
-        else:
-            names[name] = stored
-    misshapen = {our_name(stored) for stored in header}
-    wrong += [f"missing {stored_name(name)}" for name in shapes if name not in misshapen]
+        elif shape != asked:
+            wrong.append(f"{stored} has shape {list(shape)}, config.json asks for {list(asked)}")
+        names.setdefault(name, stored)
+    wrong += [f"missing {stored_name(name)}" for name in shapes if name not in names]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}. "
@@ -129,39 +131,43 @@ def check_names(header: dict, model: VLM, folder: Path) -> dict[str, str]:
     return names
 
 
-@torch.no_grad()
-def load_weights(model: VLM, folder: Path) -> None:
-    """Fill the model's parameters (allocated, sharded or not) from the checkpoint in `folder`."""
+def load_weights(model: VLM, folder: Path, mask_row: int | None = None) -> None:
+    """Fill the model's parameters (allocated, sharded or not) from the checkpoint in `folder`.
+
+    mask_row: the id of a mask token that the checkpoint does not know; its embedding becomes the mean of those
+    before it, which is no word and of a usual size. Rows beyond the file's, if the vocabulary grew, likewise.
+    """
     header = read_header(folder)
     names = check_names(header, model, folder)
     for name, parameter in model.named_parameters():
         stored = names[name]
-        tensor = read_tensor(header[stored][0], stored).view(parameter.shape)
-        if isinstance(parameter, DTensor):  # every rank reads the file and keeps its own rows: nothing is sent
-            tensor = tensor.to(parameter.device, parameter.dtype)
-            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(tensor)
+        tensor = read_tensor(header[stored][0], stored)
+        if name in VOCABULARY_ROWS and mask_row is not None:
+            mean = tensor[:mask_row].float().mean(0, keepdim=True).to(tensor.dtype)  # [1, D]
+            tensor = torch.cat([tensor, mean.expand(parameter.shape[0] - len(tensor), -1)])
+            tensor[mask_row] = mean[0]
+        fill(parameter, tensor.view(parameter.shape))
     if model.config.tied and "lm_head.weight" in header:
-        head = read_tensor(header["lm_head.weight"][0], "lm_head.weight")
-        embedding = stored_name("language.embed_tokens.weight")
         stored = names["language.embed_tokens.weight"]
-        if not torch.equal(head, read_tensor(header[stored][0], stored)):
-            raise MocaError(f"{folder}: lm_head.weight differs from {embedding} although config.json "
+        head, embedding = (read_tensor(header[key][0], key) for key in ("lm_head.weight", stored))
+        if not torch.equal(head, embedding):
+            raise MocaError(f"{folder}: lm_head.weight differs from {stored} although config.json "
                             "says tie_word_embeddings: set it to false")
 
 
-def build(folder: str | Path, device: torch.device | str, dtype: torch.dtype,
-          prepare: Callable[[VLM], None] | None = None) -> VLM:
-    """The model of a checkpoint, with its weights. `prepare` may shard it before memory is taken."""
-    folder = find_checkpoint(folder)
-    config = load_config(folder)
-    check_names(read_header(folder), meta_model(config, dtype), folder)  # before any memory is taken
+def build(folder: Path, config: Config, device: torch.device | str, dtype: torch.dtype,
+          prepare: Callable[[VLM], nn.Module] | None = None, mask_row: int | None = None) -> nn.Module:
+    """The model of a checkpoint with its weights, or what `prepare` wraps around it (and shards) on the way.
+
+    Until `prepare` is done the model has no memory; then each parameter, or this rank's part of it, is allocated
+    once and filled. What `prepare` adds is left for the caller to fill.
+    """
     model = meta_model(config, dtype)
-    if prepare:
-        prepare(model)
-    model.to_empty(device=device)
-    load_weights(model, folder)
-    return model
+    check_names(read_header(folder), model, folder)
+    whole = prepare(model) if prepare else model
+    whole.to_empty(device=device)
+    load_weights(model, folder, mask_row)
+    return whole
 
 
 def meta_model(config: Config, dtype: torch.dtype) -> VLM:
@@ -170,24 +176,30 @@ def meta_model(config: Config, dtype: torch.dtype) -> VLM:
         return VLM(config).to(dtype)
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, and only when it is whole give it the name, in place of an older one.
+def find_folder(folder: Path) -> Path:
+    """`folder`, put back from its `.old` if a crash came between the two renames of `replace_folder`."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    return folder
 
-    A crash leaves the old folder, or for an instant its copy under `<name>.old`; never a half-written one.
-    """
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        if leftover.exists() and (leftover is fresh or folder.exists()):
-            shutil.rmtree(leftover)
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty `<folder>.new` to write into; `replace_folder` gives it the name when it is whole."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    try:
-        write(fresh)
-        for file in fresh.iterdir():  # on the disk before it gets its name
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    return fresh
+
+
+def replace_folder(folder: Path) -> None:
+    """Put `<folder>.new` in the place of `folder`, so that a crash at any moment leaves a whole one."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for file in fresh.iterdir():  # on the disk before it gets its name
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    find_folder(folder)
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

@@ -1,0 +1,231 @@
+"""The embedded default: data made of parts that are already here, and the nano base model.
+
+Nothing is downloaded. Pictures are drawn from symbols of the DejaVu font that matplotlib carries, texts are Python's
+own documentation. The miniature keeps the paper's premises, or it would show nothing:
+
+- *Scenes* are compositional: four cells, each empty or one of 48 symbols in one of 8 colours, with the caption
+  "red anchor, blue star, nothing, yellow snowman". There are about 10^10, so what is tested was never seen, and twins
+  (two cells swapped, one colour or one symbol changed) punish a model that only knows which words occur.
+- The *base* model knows half of the symbols; stage 1 brings the others, unlabelled and in far greater number.
+- Every colour and symbol is one word and one token, so that a hidden word cannot be guessed from its own other half.
+- *Pages* are larger grids of the same symbols, found by a query that names two or three of their items;
+- *documents* are headings and bodies of Python's documentation: long texts, and text-only pairs.
+
+`python -m nano_moca.builtin` makes the base: it learns the tokenizer and trains a causal captioner from nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from nano_moca.config import nano_config
+from nano_moca.model import VLM, initialise
+from nano_moca.processor import MARK, Processor, Record
+from nano_moca.trainer import parse_flags, run
+from nano_moca.weights import fresh_folder, replace_folder, save_weights
+
+# A character and the one word of its Unicode name that tells it apart. The base knows every other one.
+SYMBOLS = dict(
+    spade="♠", heart="♥", diamond="♦", club="♣", star="★", telephone="☎", airplane="✈", umbrella="☂",
+    snowman="☃", anchor="⚓", skull="☠", queen="♛", knight="♞", note="♪", sun="☀", cloud="☁",
+    moon="☾", scissors="✂", envelope="✉", pencil="✏", voltage="⚡", yin="☯", peace="☮", house="⌂",
+    flag="⚑", swords="⚔", gear="⚙", springs="♨", beverage="☕", florette="✿", snowflake="❄", check="✓",
+    ballot="✗", infinity="∞", omega="Ω", lamda="λ", pi="π", section="§", ampersand="&", at="@",
+    question="?", seven="7", triangle="▲", square="■", circle="●", male="♂", female="♀", arrow="➔",
+)
+NAMES = tuple(SYMBOLS)
+KNOWN, NEW = NAMES[::2], NAMES[1::2]
+COLOURS = dict(red=(240, 40, 40), orange=(255, 140, 0), yellow=(250, 230, 40), green=(40, 200, 60),
+               cyan=(40, 220, 230), blue=(60, 90, 255), purple=(170, 60, 230), white=(245, 245, 245))
+CELL, INK, GROUND = 56, 50, 16  # pixels of a cell, of a symbol's longer side; grey of the ground
+EMPTY = 0.2  # share of empty cells
+END = "<|im_end|>"
+SPLITS = {"train": 0, "development": 1, "test": 2, "base": 3}
+Cell = tuple[str, str] | None  # (colour, symbol)
+
+
+@lru_cache(maxsize=None)
+def glyph(name: str) -> np.ndarray:
+    """A symbol's ink, [CELL, CELL] float32 in 0..1, scaled so that it fills its cell."""
+    import matplotlib
+
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 160)
+    big = Image.new("L", (400, 400))
+    ImageDraw.Draw(big).text((100, 100), SYMBOLS[name], fill=255, font=font)
+    ink = big.crop(big.getbbox())
+    scale = INK / max(ink.size)
+    ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
+    cell = Image.new("L", (CELL, CELL))
+    cell.paste(ink, ((CELL - ink.width) // 2, (CELL - ink.height) // 2))
+    return np.asarray(cell, np.float32) / 255
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Cells in reading order, `columns` to a row."""
+
+    cells: tuple[Cell, ...]
+    columns: int = 2
+
+    def image(self) -> Image.Image:
+        """The picture: each symbol in its colour on near-black."""
+        rows = len(self.cells) // self.columns
+        pixels = np.full((rows, self.columns, CELL, CELL, 3), GROUND, np.float32)
+        for index, cell in enumerate(self.cells):
+            if cell:
+                ink = glyph(cell[1])[..., None]  # [CELL, CELL, 1]
+                place = pixels[index // self.columns, index % self.columns]
+                place += ink * (np.array(COLOURS[cell[0]], np.float32) - GROUND)
+        pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * CELL, self.columns * CELL, 3)
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    def caption(self) -> str:
+        """What is in the cells, in reading order."""
+        return ", ".join(" ".join(cell) if cell else "nothing" for cell in self.cells)
+
+
+def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows: int = 2, columns: int = 2) -> Scene:
+    """Symbols and colours drawn at random; at least two different cells, so that swapping them shows."""
+    while True:
+        cells = tuple(
+            None if random.random() < EMPTY else (str(random.choice(list(COLOURS))), str(random.choice(names)))
+            for _ in range(rows * columns)
+        )
+        if len(set(cells)) > 1:
+            return Scene(cells, columns)
+
+
+def twins(scene: Scene, random: np.random.Generator, names: Sequence[str] = NAMES) -> list[Scene]:
+    """Three near misses: two cells swapped, one colour changed, one symbol changed."""
+    cells, count = scene.cells, len(scene.cells)
+    unequal = [(i, j) for i in range(count) for j in range(i) if cells[i] != cells[j]]
+    i, j = unequal[random.integers(len(unequal))]
+    swapped = list(cells)
+    swapped[i], swapped[j] = cells[j], cells[i]
+    full = [index for index, cell in enumerate(cells) if cell]
+
+    def changed(part: int, words: Sequence[str]) -> tuple[Cell, ...]:
+        index = int(random.choice(full))
+        cell = list(cells[index])
+        cell[part] = str(random.choice([word for word in words if word != cell[part]]))
+        return (*cells[:index], tuple(cell), *cells[index + 1 :])
+
+    return [replace(scene, cells=new) for new in (tuple(swapped), changed(0, list(COLOURS)), changed(1, names))]
+
+
+def page_query(page: Scene, random: np.random.Generator) -> str:
+    """A question that names two or three of a page's items."""
+    items = sorted({cell for cell in page.cells if cell})
+    chosen = random.permutation(len(items))[: random.integers(2, 4)]
+    named = [" ".join(items[index]) for index in chosen]
+    return f"a page with {', '.join(named[:-1])} and {named[-1]}"
+
+
+@lru_cache(maxsize=1)
+def documents() -> list[tuple[str, str]]:
+    """(heading, body) pairs of Python's documentation: the language's topics, and the library's docstrings."""
+    from pydoc_data.topics import topics
+
+    pairs = [(name.replace("-", " "), text) for name, text in sorted(topics.items())]
+    modules = ("argparse", "bisect", "calendar", "collections", "csv", "datetime", "decimal", "difflib", "fractions",
+               "functools", "heapq", "itertools", "json", "logging", "math", "os", "os.path", "pathlib", "random", "re",
+               "shutil", "statistics", "string", "subprocess", "tempfile", "textwrap", "threading", "unittest", "zipfile")
+    for module in modules:
+        found = inspect.getmembers(importlib.import_module(module), callable)
+        pairs += [(f"{module}.{name}", text) for name, thing in found
+                  if not name.startswith("_") and len(text := inspect.getdoc(thing) or "") > 80]
+    return pairs
+
+
+class Builtin(Sequence):
+    """Stage 1's default records, each a function of (seed, split, index): scenes, pages and texts."""
+
+    PAGES, TEXTS = 0.05, 0.05  # their shares; the rest are scenes
+    WORDS = 60  # of a passage of text
+
+    def __init__(self, split: str = "train", seed: int = 0) -> None:
+        """split: "train", "development", "test", or "base", which has only the symbols that the base knows."""
+        self.split, self.seed = split, seed
+        self.names = KNOWN if split == "base" else NAMES
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> tuple[Record, str]:
+        where = f"builtin {self.split} {index}"
+        random = np.random.default_rng((self.seed, SPLITS[self.split], index))
+        roll = random.random()
+        if roll < self.TEXTS:
+            heading, body = documents()[random.integers(len(documents()))]
+            words = body.split()
+            first = int(random.integers(max(1, len(words) - self.WORDS)))
+            return Record(f"{heading}: {' '.join(words[first : first + self.WORDS])}{END}", [], where), where
+        if roll < self.TEXTS + self.PAGES:
+            scene = random_scene(random, self.names, rows=int(random.integers(3, 5)), columns=3)
+        else:
+            scene = random_scene(random, self.names)
+        return Record(f"{MARK}{scene.caption()}{END}", [scene.image()], where), where
+
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+           "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+# How Qwen splits text before byte-pair encoding: contractions, words, single digits, punctuation, line ends, spaces.
+PRE_TOKENS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def make_tokenizer(vocabulary: int = 1500) -> Tokenizer:
+    """A byte-level BPE like Qwen's, learned from captions and documents; each word of a caption is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    words = [*NAMES, *COLOURS, "nothing"]
+    captions = [f"{word}, {word}" for word in words for _ in range(5000)]
+    tokenizer.train_from_iterator(captions + [" ".join(pair) for pair in documents()], trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return tokenizer
+
+
+BASE_IMAGES = {"min_pixels": 28 * 28, "max_pixels": 1024 * 28 * 28}
+
+
+def make_base(folder: Path, steps: int, seed: int = 0) -> None:
+    """Write an untrained nano model into `folder`/start, train it there as a causal captioner, and save it."""
+    import train_cpt
+
+    tokenizer = make_tokenizer()
+    special = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    rows = 64 * math.ceil((tokenizer.get_vocab_size() + 16) / 64)  # padded rows, as Qwen's have
+    config = nano_config(rows, special)
+    model = VLM(config)
+    initialise(model, seed)
+    start = fresh_folder(folder / "start")
+    Processor(tokenizer, config, dict(BASE_IMAGES)).save(start)
+    save_weights(start, model.named_parameters(), config, torch.float32)
+    replace_folder(folder / "start")
+    argv = ["--model", f"{folder}/start", "--data", "builtin:base", "--output", str(folder), "--steps", str(steps),
+            "--objective", "next-token", "--seed", str(seed), "--resume", *sys.argv[2:]]
+    train_cpt.train(parse_flags(train_cpt.Flags, argv, ""))
+
+
+if __name__ == "__main__":
+    run(lambda: make_base(Path(sys.argv[1]), 3000))

@@ -1,0 +1,161 @@
+"""The losses of both stages. Stage 1: restore hidden words and hidden patches, in one fused
+function.
+
+**Why logits eat memory.** The output layer compares every hidden token with all V = 151,936 words
+of Qwen's vocabulary. For R = 8,192 tokens that is 5 GB of float32 logits; cross entropy keeps their
+log-softmax for the backward pass, and the gradients of both come on top of it.
+
+**Why none of it need be kept.** Backward begins at the loss, so the gradient that will arrive there
+is one number: 1, or the weight that the caller gives the loss. And the gradient of cross entropy
+with respect to a row of logits is softmax - onehot, known as soon as the logits are. So the forward
+pass can finish the backward pass there and then, for one chunk of rows after the other:
+
+    logits = hidden_chunk @ head.T        turned in place into losses and (softmax - onehot) / count
+    grad_hidden_chunk = logits @ head
+    grad_head += logits.T @ hidden_chunk
+
+and forget the logits. What stays are the two gradients; backward multiplies them by the number that
+arrives. Peak memory falls from about three times R x V to one chunk, for no extra matmul. What
+happens to a chunk's logits between the matmuls stands in kernels.py, once in PyTorch and once in
+Triton.
+
+Precision: matmuls in the model's dtype, softmax and errors in float32. The gradient of the head is
+a sum over chunks: one float32 buffer, rounded to the model's dtype once, at the end.
+
+Where others differ: the paper's released code computes logits at all positions, although only
+hidden ones (40 percent of the text, no image) enter the loss; here the caller passes hidden rows
+only. Left out: derivatives of the gradient, ignored labels, label smoothing, a bias in the head,
+float16.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nano_moca import kernels
+
+# A chunk's logits cost no more than this, or than half of the head's float32 gradient, which is held in
+# any case. The second rule makes the chunks of a big model long (D/2 rows in float32; D in bfloat16
+# on a GPU), for each of them reads and writes the whole of that gradient.
+CHUNK_BYTES = 64 * 2**20
+
+
+def masked_reconstruction_loss(
+    hidden: Tensor,  # [R, D] the model's output at the hidden tokens
+    head: Tensor,  # [V, D] the output embedding
+    labels: Tensor,  # [R] int64, the words that were hidden
+    predicted: Tensor,  # [G, W] the MAE decoder's output at the hidden groups (W = 4704)
+    target: Tensor,  # [G, W] their pixels; gets no gradient
+    backend: str = "auto",  # "torch", "triton", or "auto": Triton on a GPU, where it is installed
+    mlm_count: float | None = None,
+    mae_count: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both losses of stage 1 as scalars: cross entropy a token, squared error a pixel value.
+
+    The counts replace R and G as what the sums are divided by: the hidden tokens and groups of the
+    whole batch, where this call sees one rank's share or one accumulation step of it. R or G may be
+    0: a loss over nothing is 0, and so are its gradients. The caller may weight and add the two
+    losses, and run backward once, through both together. A label outside the vocabulary is an error
+    on the CPU; on a GPU, where looking at it would hold up the queue of kernels, the Triton kernel
+    makes the loss NaN and PyTorch's gather stops with a device-side assertion.
+    """
+    if (hidden.ndim != 2 or hidden.shape[1:] != head.shape[1:] or labels.shape != hidden.shape[:1]
+            or predicted.ndim != 2 or predicted.shape != target.shape):
+        shapes = ", ".join(str([*x.shape]) for x in (hidden, head, labels, predicted, target))
+        raise ValueError(f"expected shapes [R, D], [V, D], [R], [G, W], [G, W], not {shapes}")
+    # In float16 most of (softmax - onehot) / count would round to zero.
+    if labels.dtype != torch.int64 or torch.float16 in (hidden.dtype, predicted.dtype):
+        raise ValueError(f"labels must be int64, not {labels.dtype}, and nothing else float16")
+    if labels.device.type == "cpu" and ((labels < 0) | (labels >= len(head))).any():
+        raise ValueError(f"labels must lie between 0 and {len(head) - 1}, the last word's id")
+    if backend == "auto":
+        backend = "triton" if hidden.is_cuda and kernels.TRITON_AVAILABLE else "torch"
+    if backend not in kernels.BACKENDS:
+        raise ValueError(f'backend must be "auto", "torch" or "triton", not {backend!r}')
+    mlm_scale = _scale(len(hidden), mlm_count)
+    mae_scale = _scale(len(predicted), mae_count) / predicted.shape[1]
+    # Whether gradients are enabled has to be asked here: inside a Function they never are.
+    return _MaskedReconstruction.apply(hidden, head, labels, predicted, target, backend,
+                                       mlm_scale, mae_scale, torch.is_grad_enabled())
+
+
+def plain_masked_reconstruction_loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor, target: Tensor,
+    backend: str = "plain", mlm_count: float | None = None, mae_count: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The plain twin: the same losses as one would write them down, with all logits at once."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden @ head.to(hidden.dtype).T).to(wide)  # [R, V]
+    mlm = F.cross_entropy(logits, labels, reduction="sum")
+    mae = (predicted.to(wide) - target.detach().to(wide)).square().sum()
+    return (mlm * _scale(len(hidden), mlm_count),
+            mae * _scale(len(predicted), mae_count) / predicted.shape[1])
+
+
+def _scale(rows: int, count: float | None) -> float:
+    """What turns a sum over rows into a mean; 1 for a sum over nothing."""
+    if rows and count is not None and not count > 0:
+        raise ValueError(f"a sum over {rows} rows cannot be divided by a count of {count}")
+    return 1 / (count or rows or 1)
+
+
+class _MaskedReconstruction(torch.autograd.Function):
+    """Losses and gradients together in forward; backward only multiplies by what arrives."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor,
+                target: Tensor, backend: str, mlm_scale: float, mae_scale: float, enabled: bool
+                ) -> tuple[Tensor, Tensor]:
+        # needs_input_grad is true of a parameter even where gradients are disabled: ask both.
+        needs_hidden, needs_head, _, needs_predicted = [x and enabled for x in ctx.needs_input_grad[:4]]
+        needs_logits = needs_hidden or needs_head
+        cross_entropy_, squared_error = kernels.BACKENDS[backend]
+        (R, D), V = hidden.shape, len(head)
+        weight = head.to(hidden.dtype)  # [V, D]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = hidden.new_empty(R, dtype=wide)
+        grad_hidden = hidden.new_empty(R, D) if needs_hidden else None
+        grad_head = head.new_zeros(V, D, dtype=wide) if needs_head else None
+
+        # PyTorch's softmax of bfloat16 logits works on a float32 copy; the kernel needs none.
+        cell = hidden.itemsize + (0 if backend == "triton" or hidden.dtype == wide else wide.itemsize)
+        rows = max(CHUNK_BYTES // (V * cell), D * wide.itemsize // (2 * cell), 1)
+        buffer = hidden.new_empty(min(R, rows), V)  # all the logits there ever are
+        for start in range(0, R, rows):
+            chunk = slice(start, min(R, start + rows))
+            tokens, logits = hidden[chunk], buffer[: chunk.stop - start]  # [rows, D], [rows, V]
+            torch.mm(tokens, weight.T, out=logits)
+            losses[chunk] = cross_entropy_(logits, labels[chunk], mlm_scale, needs_logits)  # [rows]
+            if needs_hidden:
+                torch.mm(logits, weight, out=grad_hidden[chunk])  # [rows, D]
+            if needs_head:
+                _add_product_(grad_head, logits.T, tokens)  # [V, D]
+        errors, grad_predicted = squared_error(predicted, target, mae_scale, needs_predicted)
+        ctx.save_for_backward(grad_hidden, grad_head, grad_predicted)
+        return losses.sum() * mlm_scale, errors.sum() * mae_scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mlm: Tensor, grad_mae: Tensor) -> tuple[Tensor | None, ...]:
+        # A saved tensor that was changed in place cannot be read again: a second backward raises.
+        # Autograd itself rounds what is returned to the dtype of the input.
+        grad_hidden, grad_head, grad_predicted = ctx.saved_tensors
+        return (_scaled(grad_hidden, grad_mlm), _scaled(grad_head, grad_mlm), None,
+                _scaled(grad_predicted, grad_mae), None, None, None, None, None)
+
+
+def _scaled(grad: Tensor | None, factor: Tensor) -> Tensor | None:
+    """grad * factor in float32, in place where grad is float32 already."""
+    if grad is not None:
+        return grad.to(torch.promote_types(grad.dtype, torch.float32)).mul_(factor)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where `total` may be wider: [V, D] += [V, rows] @ [rows, D]."""
+    if total.is_cuda and total.dtype != left.dtype:  # tensor cores: bfloat16 factors, float32 sums
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
