@@ -1,15 +1,16 @@
-"""Stage 1 of MoCa: modality-aware continual pre-training. Run with `torchrun train_cpt.py` (or python).
+"""Stage 1 of MoCa: modality-aware continual pre-training. `torchrun train_cpt.py`, or with python.
 
-A causal vision-language model is made bidirectional and learns to restore hidden words and hidden image patches:
+A causal vision-language model is made bidirectional and learns to restore hidden words and patches:
 
-    loss = MLM + mae_weight * MAE        (section 3.1; the paper's best weight is 0.5, the released script says 0.1)
+    loss = MLM + mae_weight * MAE     (section 3.1; best at 0.5 in the paper, 0.1 in its script)
 
-With no flags it starts from the nano base in this repository and the embedded data, and takes minutes on a laptop.
+Without flags it starts from the nano base in this repository and the embedded data, and takes
+minutes on a laptop. `--objective next-token` is the control: the same data under the causal loss.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,109 +25,117 @@ from nano_moca.masking import Corruption, corrupt, next_token
 from nano_moca.model import Restorer
 from nano_moca.processor import Processor
 from nano_moca.report import cross_modal_report, plot_restorations
-from nano_moca.trainer import (Log, Skipped, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
-                               require_finite, run, save_checkpoint, save_model, shard, start, warmup_then_linear)
-from nano_moca.weights import build, find_checkpoint
+from nano_moca.trainer import (
+    Log, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
+    require_finite, run, save_checkpoint, save_model, shard, start, warmup_then_linear,
+)
+from nano_moca.weights import build, find_checkpoint, write_json
 
-REPORT_TOKENS = 8192  # of unseen records, for the report at the end
 BASE = Path(__file__).parent / "nano_moca" / "base"
+REPORT_TOKENS = 8192  # of unseen records, for the report at the end
 
 
 @dataclass
 class Flags:
-    """What can be chosen. The defaults are the embedded default's; the README has the recipes for 3B and 7B."""
+    """Defaults are for the embedded data on a CPU; the README has recipes for 3B and 7B."""
 
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
     data: str = flag("builtin", ".jsonl or .parquet file, or a folder of them")
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
     steps: int = flag(900, "optimiser steps", low=1)
-    batch_tokens: int = flag(2300, "tokens a step over all ranks", low=1)
+    batch_tokens: int = flag(2000, "tokens a step over all ranks", low=1)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
     accumulate: int = flag(1, "micro-batches a step on each rank", low=1)
-    objective: str = flag("restore", "restore what is hidden, or the causal control", choices=("restore", "next-token"))
+    objective: str = flag("restore", "what is learned", choices=("restore", "next-token"))
     text_mask: float = flag(0.4, "share of text tokens hidden; 0 turns MLM off", low=0, high=1)
     image_mask: float = flag(0.5, "share of patch groups hidden; 0 turns MAE off", low=0, high=1)
     mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0)
-    attention: str = flag("bidirectional", "the decoder's attention", choices=("bidirectional", "causal"))
-    learning_rate: float = flag(1e-3, "peak learning rate; for 3B and 7B 2e-6", low=0)
-    warmup: float = flag(0.1, "share of the steps in which the learning rate rises", low=0, high=1)
+    attention: str = flag("bidirectional", "in the decoder", choices=("bidirectional", "causal"))
+    learning_rate: float = flag(1e-3, "at its peak; 2e-6 for 3B and 7B", low=0)
+    warmup: float = flag(0.1, "share of the steps in which it rises", low=0, high=1)
     clip: float = flag(5.0, "largest gradient norm", low=0)
     seed: int = flag(0, "of order, masks and new weights", low=0)
-    device: str = flag(None, "cpu or cuda (default: cuda if there is one)", choices=("cpu", "cuda"))
-    dtype: str = flag(None, "of matrix products (default: bfloat16 on cuda)", choices=("float32", "bfloat16"))
+    device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
+    dtype: str = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
     checkpointing: bool = flag(False, "recompute activations in backward to save memory")
     save_every: int = flag(100, "steps between checkpoints", low=1)
     resume: bool = flag(False, "go on from the checkpoint in --output")
-    on_error: str = flag("stop", "what a record that cannot be used does", choices=("stop", "skip"))
+    on_error: str = flag("stop", "at a record that cannot be used", choices=("stop", "skip"))
 
 
 def load(flags: Flags, world: World) -> tuple[Restorer, Processor]:
-    """The checkpoint as a `Restorer` in float32, sharded if there are ranks to share it, with its processor."""
+    """The checkpoint as a float32 `Restorer`, sharded if there are ranks, and its processor."""
     folder = find_checkpoint(flags.model)
     config = load_config(folder)
     processor = Processor.load(folder, config)
-    if processor.mask_token >= config.vocabulary:  # no padded row is free: grow
-        config = replace(config, vocabulary=processor.mask_token + 1)
-    prepare = lambda vlm: shard(Restorer(vlm), vlm, world)  # noqa: E731
+    # a new mask token takes a padded row of the embedding; the embedding grows if none is free
+    config = replace(config, vocabulary=max(config.vocabulary, processor.mask_token + 1))
     mask_row = processor.mask_token if processor.mask_is_new else None
-    model = build(folder, config, world.device, torch.float32, prepare, mask_row)
+    model = build(folder, config, world.device, torch.float32,
+                  lambda vlm: shard(Restorer(vlm), vlm, world), mask_row)
     model.patch_decoder.start_from(model.vlm.language, flags.seed)
     model.vlm.language.checkpointing = flags.checkpointing
     return model, processor
 
 
 def exercises(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption]:
-    """One corrupted micro-batch for each part of this rank's draw; what is hidden follows from seed and record."""
+    """One corrupted micro-batch a part of the draw; seed and record decide what is hidden."""
     batches = [processor.pack([item for _, item in part]) for part in draw.parts]
     if flags.objective == "next-token":
         return [next_token(batch, processor) for batch in batches]
-    image_rate = flags.image_mask if flags.mae_weight else 0.0
-    return [corrupt(batch, processor, flags.text_mask, image_rate, [(flags.seed, key) for key, _ in part])
-            for batch, part in zip(batches, draw.parts, strict=True)]
+    rates = flags.text_mask, flags.image_mask if flags.mae_weight else 0.0
+    keys = [[(flags.seed, number) for number, _ in part] for part in draw.parts]
+    return [corrupt(b, processor, *rates, k) for b, k in zip(batches, keys, strict=True)]
 
 
-def finish(flags: Flags, world: World, model: Restorer, processor: Processor, batches: TokenBatches,
-           log: Log) -> None:
+def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
+           batches: TokenBatches, log: Log) -> None:
     """Draw the pictures and say what was learned, on the records that would have come next."""
-    output, shown = Path(flags.output), ["loss", "mlm_loss", "mae_loss"]
-    if world.main:
-        plot_losses(output / "loss.png", log.lines, shown)
+    output, scores = Path(flags.output), {}
     tenth = max(1, len(log.lines) // 10)
-    mean = lambda lines, name: sum(line[name] for line in lines) / len(lines)  # noqa: E731
-    scores = {f"{name}, {which} tenth": mean(lines, name) for name in shown
-              for which, lines in (("first", log.lines[:tenth]), ("last", log.lines[-tenth:]))}
-    if flags.objective == "restore":
-        batches.accumulate, batches.world, batches.rank = 1, 1, 0  # every rank looks at the same records
-        batches.budget = REPORT_TOKENS
-        items = [item for item in next(batches).parts[0] if item[1].grids]
+    for name in ("mlm_loss", "mae_loss"):
+        for when, lines in (("first", log.lines[:tenth]), ("last", log.lines[-tenth:])):
+            scores[f"{name}, {when} tenth"] = sum(line[name] for line in lines) / len(lines)
+    # every rank looks at the same records
+    batches.rank, batches.world, batches.accumulate, batches.budget = 0, 1, 1, REPORT_TOKENS
+    items = [item for item in next(batches).parts[0] if item[1].grids]
+    if items and flags.objective == "restore":
         rates = flags.text_mask, flags.image_mask
-        if items:
-            scores |= cross_modal_report(model, processor, items, rates, flags.seed, world)
-            plot_restorations(output / "reconstruction.png", model, processor, items[:8], rates, flags.seed, world)
+        scores |= cross_modal_report(model, processor, items, *rates, flags.seed, world)
+        shown = [item for item in items if len(item[1].grids) == 1][:8]
+        plot_restorations(
+            output / "reconstruction.png", model, processor, shown, *rates, flags.seed, world)
     if world.main:
-        (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        print("\n".join(f"{name:>40s} {value:8.3f}" for name, value in scores.items() if value is not None))
-        print(f"{output}: the model is in model/, the pictures are loss.png and reconstruction.png")
+        plot_losses(output / "loss.png", log.lines, ["loss", "mlm_loss", "mae_loss"])
+        scores = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        write_json(output / "scores.json", scores)
+        for name, value in scores.items():
+            print(f"{name:>42s}  " + ("nothing was hidden" if value is None else f"{value:.3f}"))
+        print(f"{output}: the model is in model/, the pictures are loss.png, reconstruction.png")
 
 
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
-    world = start(flags.device, flags.dtype, flags.seed)
-    output = Path(flags.output)
+    world, output = start(flags.device, flags.dtype), Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load(flags, world)
-    causal = flags.attention == "causal" or flags.objective == "next-token"
-    skipped = Skipped(output / "skipped.jsonl", world) if flags.on_error == "skip" else None
-    batches = TokenBatches(Records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
-                           flags.seed, world.rank, world.size, flags.accumulate, skipped)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    resumed = load_checkpoint(output / "checkpoint", world, model, optimizer) if flags.resume else None
-    done, batches.state = (resumed["step"], resumed["data"]) if resumed else (0, batches.state)
+    skipped = output / "skipped.jsonl" if flags.on_error == "skip" else None
+    batches = TokenBatches(
+        Records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
+        flags.seed, world.rank, world.size, flags.accumulate, skipped)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), flags.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    saved = flags.resume and load_checkpoint(output / "checkpoint", world, model, optimizer)
+    done = saved["step"] if saved else 0
+    batches.state = saved["data"] if saved else batches.state
     log = Log(output / "log.jsonl", world, flags.steps, done)
+    causal = flags.attention == "causal" or flags.objective == "next-token"
     if world.main:
-        print(f"{flags.model} -> {output}: {sum(p.numel() for p in model.parameters()):,} parameters, steps "
-              f"{done + 1} to {flags.steps} of {flags.batch_tokens:,} tokens, {world.size} rank(s) on "
-              f"{world.device.type}, products in {world.dtype}, the rest in float32, seed {flags.seed}", flush=True)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{flags.model} -> {output}: {parameters:,} parameters, steps {done + 1} to "
+              f"{flags.steps} of {flags.batch_tokens:,} tokens, {world.size} rank(s) on "
+              f"{world.device.type}, products in {world.dtype}, all else in float32, "
+              f"attention {'causal' if causal else 'bidirectional'}, seed {flags.seed}", flush=True)
 
     def draw() -> tuple[Draw, list[Corruption]]:
         drawn = next(batches)
@@ -136,10 +145,11 @@ def train(flags: Flags) -> None:
     for step in range(done + 1, flags.steps + 1):
         began = time.perf_counter()
         drawn, parts = next(loader)
-        # divide by the counts of the whole step: then neither ranks nor --accumulate change the gradient
-        text_count, group_count = world.total(sum(len(part.labels) for part in parts),
-                                              sum(len(part.target) for part in parts))
-        loss = partial(masked_reconstruction_loss, mlm_count=max(1, text_count), mae_count=max(1, group_count))
+        # divided by the counts of the whole step, so neither ranks nor --accumulate change it
+        counts = world.total(sum(len(part.labels) for part in parts),
+                             sum(len(part.target) for part in parts))
+        mlm_count, mae_count = (max(1.0, count) for count in counts)
+        loss = partial(masked_reconstruction_loss, mlm_count=mlm_count, mae_count=mae_count)
         mlm_sum = mae_sum = 0.0
         for part in parts:
             mlm, mae = model(part.to(world.device), causal, loss)
@@ -148,16 +158,17 @@ def train(flags: Flags) -> None:
             mlm_sum, mae_sum = mlm_sum + mlm.item(), mae_sum + mae.item()
         mlm_loss, mae_loss = world.total(mlm_sum, mae_sum)
         grad_norm = clip_gradients(model, flags.clip)
-        total = mlm_loss + flags.mae_weight * mae_loss
-        require_finite(step, {"loss": total, "gradient norm": grad_norm},
+        whole = mlm_loss + flags.mae_weight * mae_loss
+        require_finite(step, {"loss": whole, "gradient norm": grad_norm},
                        [source for part in parts for source in part.batch.sources])
+        rate = flags.learning_rate * warmup_then_linear(step - 1, flags.steps, flags.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = flags.learning_rate * warmup_then_linear(step - 1, flags.steps, flags.warmup)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        log.write({"step": step, "loss": total, "mlm_loss": mlm_loss, "mae_loss": mae_loss,
-                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "tokens": drawn.tokens,
-                   "tokens_per_second": round(drawn.tokens / (time.perf_counter() - began))})
+        log.write({"step": step, "loss": whole, "mlm_loss": mlm_loss, "mae_loss": mae_loss,
+                   "lr": rate, "grad_norm": grad_norm, "tokens": drawn.tokens,
+                   "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
         if step % flags.save_every == 0 or step == flags.steps:
             state = {"step": step, "data": drawn.state, "flags": asdict(flags)}
             save_checkpoint(output / "checkpoint", world, model, optimizer, state)

@@ -1,12 +1,12 @@
-"""nano_moca: how a generative vision-language model becomes a bidirectional multimodal embedding model.
+"""nano_moca: how a generative vision-language model becomes a bidirectional multimodal embedding
+model.
 
     import nano_moca
     moca = nano_moca.load("path or hub id")
     vectors = moca.embed(["a cat", {"text": "...", "images": [image]}])
 
-Reading order: config, attention, vision, language, model, weights, processor, masking, kernels, losses, data,
-trainer, and then the training loops train_cpt.py and train_cl.py.
-"""
+Reading order: config, attention, vision, language, model, weights, processor, masking, kernels,
+losses, data, trainer, and then the training loops train_cpt.py and train_cl.py. """
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class Moca:
         """Unit vectors [N, D], float32 on the CPU, in the items' order.
 
         An item is a text, or {"text": ..., "images": [paths, bytes or PIL images]} with one mark
-        `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot be used.
-        """
+        `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot
+        be used. """
+        if isinstance(items, str):
+            raise MocaError("embed takes a list of items: write [text]")
         records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
         vectors, waiting, tokens = [], [], 0
         for number, record in enumerate(records):
@@ -49,7 +51,8 @@ class Moca:
             tokens += len(waiting[-1].tokens)
             if tokens >= TOKENS_AT_ONCE or number + 1 == len(records):
                 batch = self.processor.pack(waiting).to(self.model.head.device)
-                vectors.append(self.model.embed(batch, self.attention == "causal", self.pooling).cpu())
+                causal = self.attention == "causal"
+                vectors.append(self.model.embed(batch, causal, self.pooling).cpu())
                 waiting, tokens = [], 0
         return torch.cat(vectors) if vectors else torch.empty(0, self.model.config.width)
 
@@ -69,17 +72,20 @@ def as_record(item: str | dict | Record, source: str) -> Record:
         return Record(item, [], source)
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
         raise MocaError(f'{source} is no text and no object {{"text": ..., "images": [...]}}')
-    return Record(item["text"], list(item.get("images") or []), source)
+    images = item.get("images") or []
+    if not isinstance(images, (list, tuple)):
+        raise MocaError(f"{source}: its images are no list: write [image, ...]")
+    return Record(item["text"], list(images), source)
 
 
-def load(path_or_hub_id: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-         attention: str = "bidirectional", pooling: str = "mean", min_pixels: int | None = None,
-         max_pixels: int | None = None) -> Moca:
+def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
+         dtype: torch.dtype | None = None, attention: str = "bidirectional", pooling: str = "mean",
+         min_pixels: int | None = None, max_pixels: int | None = None) -> Moca:
     """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
 
-    device: default CUDA if there is one. dtype: default float32 on CPU, the checkpoint's own on CUDA.
-    attention: "bidirectional" or "causal"; pooling: "mean" or "last". The pixel limits of images are the
-    checkpoint's unless given. MocaError says what is wrong with the files.
+    device: default CUDA if there is one. dtype: default float32 on CPU, the checkpoint's own on
+    CUDA. attention: "bidirectional" or "causal"; pooling: "mean" or "last". The pixel limits of
+    images are the checkpoint's unless given. MocaError says what is wrong with the files.
     """
     if attention not in ("bidirectional", "causal") or pooling not in ("mean", "last"):
         raise MocaError(f"attention is {attention!r} and pooling {pooling!r}: "
@@ -88,6 +94,7 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None, d
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = load_config(folder)
     processor = Processor.load(folder, config, min_pixels, max_pixels)
-    model = build(folder, config, device, dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32))
+    dtype = dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32)
+    model = build(folder, config, device, dtype)
     return Moca(model.eval(), processor, attention, pooling)
 

@@ -1,18 +1,21 @@
 """Attention over packed sequences, causal or bidirectional, written by hand; and rotary embedding.
 
-Sequences of different lengths lie end to end along one axis of T tokens, with no padding; `Segments` says where
-each begins. Attention never crosses a border: this is what makes "packing changes nothing" true. The pattern inside
-a sequence is the `causal` argument, and it has no default: turning a causal decoder into a bidirectional encoder
-(MoCa, section 3.1) is this one boolean.
+Sequences of different lengths lie end to end along one axis of T tokens, with no padding;
+`Segments` says where each begins. Attention never crosses a border: this is what makes "packing
+changes nothing" true. The pattern inside a sequence is the `causal` argument, and it has no
+default: turning a causal decoder into a bidirectional encoder (MoCa, section 3.1) is this one
+boolean.
 
 Three paths compute the same function:
 
-- `reference_attention`: softmax(Q K^T / sqrt(d)) V with the whole T x T mask written out. The one to read.
-- `grouped_attention`: PyTorch's fused attention, once per distinct length. Fast on CPU and right on any device.
+- `reference_attention`: softmax(Q K^T / sqrt(d)) V with the whole T x T mask written out. The one
+  to read.
+- `grouped_attention`: PyTorch's fused attention, once per distinct length. Fast on CPU and right on
+  any device.
 - `varlen_attention`: PyTorch's variable-length flash kernel, for half precision on CUDA.
 
-What is left out: key-value caches, sliding windows, dropout. Captions are short here, so decoding recomputes.
-"""
+What is left out: key-value caches, sliding windows, dropout. Captions are short here, so decoding
+recomputes. """
 
 from __future__ import annotations
 
@@ -31,13 +34,14 @@ except ImportError:  # an older torch: the grouped path serves CUDA too
 
 @dataclass
 class Segments:
-    """Where the N sequences of a packed axis lie: sequence n is rows offsets[n] to offsets[n + 1]."""
+    """Where the N sequences of a packed axis lie: sequence n is rows offsets[n] to offsets[n +
+    1]."""
 
-    lengths: tuple[int, ...]  # N lengths, on the host: looping over them costs no GPU synchronisation
+    lengths: tuple[int, ...]  # N, on the host: looping over them costs no GPU synchronisation
     device: torch.device
     offsets: Tensor = field(init=False)  # [N+1] int32, on the device
-    groups: list[tuple[int, Tensor]] = field(init=False)  # (length, [n * length] rows of those sequences)
-    inverse: Tensor = field(init=False)  # [T] where each row of the concatenated groups goes back to
+    groups: list[tuple[int, Tensor]] = field(init=False)  # (length, [n * length] rows)
+    inverse: Tensor = field(init=False)  # [T] where each row of the concatenated groups belongs
 
     def __post_init__(self) -> None:
         starts = [0, *accumulate(self.lengths)]
@@ -64,7 +68,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal
     return grouped_attention(query, key, value, segments, causal)
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool
+) -> Tensor:
     """The definition: every pair of tokens is scored, and a mask forbids what must not be seen.
 
     Costs T^2 memory, so it is for reading and testing. Shapes as in `attend`; softmax in float32.
@@ -81,28 +87,33 @@ def reference_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seg
     return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)  # [T, H, d]
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """Sequences of one length become an ordinary batch, one fused call a length. Shapes as in `attend`."""
-    outputs = []
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool
+) -> Tensor:
+    """Sequences of one length become an ordinary batch, one fused call a length. Shapes as in
+    `attend`."""
+    outputs, grouped = [], query.shape[1] != key.shape[1]
     for length, rows in segments.groups:
-        one_length = len(segments.groups) == 1  # then the rows are already in order: views, no copies
-        q, k, v = (
-            (x if one_length else x[rows]).unflatten(0, (-1, length)).transpose(1, 2)  # [n, H or K, length, d]
-            for x in (query, key, value)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, H, d]
+        q, k, v = query, key, value
+        if len(segments.groups) > 1:  # else the rows are in order already: views, no copies
+            q, k, v = q[rows], k[rows], v[rows]  # [n * length, H or K, d]
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [n, H, length, d] -> [n * length, H, d]
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(outputs)[segments.inverse] if outputs else torch.empty_like(query)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool) -> Tensor:
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool
+) -> Tensor:
     """PyTorch's kernel for packed sequences, half precision on CUDA only. Shapes as in `attend`."""
     H, longest = query.shape[1], max(segments.lengths)
     key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))  # [T, H, d]
-    window = (-1, 0 if causal else -1)  # how far a token sees to the left and right; -1: to the border
-    return varlen_attn(query, key, value, segments.offsets, segments.offsets, longest, longest, window_size=window)
+    window = (-1, 0 if causal else -1)  # how far a token sees left and right; -1: to the border
+    starts = segments.offsets
+    return varlen_attn(query, key, value, starts, starts, longest, longest, window_size=window)
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:

@@ -1,18 +1,23 @@
 """The embedded default: data made of parts that are already here, and the nano base model.
 
-Nothing is downloaded. Pictures are drawn from symbols of the DejaVu font that matplotlib carries, texts are Python's
-own documentation. The miniature keeps the paper's premises, or it would show nothing:
+Nothing is downloaded. Pictures are drawn from symbols of the DejaVu font that matplotlib carries,
+texts are Python's own documentation. The miniature keeps the paper's premises, or it would show
+nothing:
 
-- *Scenes* are compositional: four cells, each empty or one of 48 symbols in one of 8 colours, with the caption
-  "red anchor, blue star, nothing, yellow snowman". There are about 10^10, so what is tested was never seen, and twins
-  (two cells swapped, one colour or one symbol changed) punish a model that only knows which words occur.
-- The *base* model knows half of the symbols; stage 1 brings the others, unlabelled and in far greater number.
-- Every colour and symbol is one word and one token, so that a hidden word cannot be guessed from its own other half.
-- *Pages* are larger grids of the same symbols, found by a query that names two or three of their items;
+- *Scenes* are compositional: four cells, each empty or one of 48 symbols in one of 8 colours, with
+  the caption "red anchor, blue star, nothing, yellow snowman". There are about 10^10, so what is
+  tested was never seen, and twins (two cells swapped, one colour or one symbol changed) punish a
+  model that only knows which words occur.
+- The *base* model knows half of the symbols; stage 1 brings the others, unlabelled and in far
+  greater number.
+- Every colour and symbol is one word and one token, so that a hidden word cannot be guessed from
+  its own other half.
+- *Pages* are larger grids of the same symbols, found by a query that names two or three of their
+  items;
 - *documents* are headings and bodies of Python's documentation: long texts, and text-only pairs.
 
-`python -m nano_moca.builtin` makes the base: it learns the tokenizer and trains a causal captioner from nothing.
-"""
+`python -m nano_moca.builtin` makes the base: it learns the tokenizer and trains a causal captioner
+from nothing. """
 
 from __future__ import annotations
 
@@ -28,27 +33,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-from nano_moca.config import nano_config
-from nano_moca.model import VLM, initialise
-from nano_moca.processor import MARK, Processor, Record
-from nano_moca.trainer import parse_flags, run
-from nano_moca.weights import fresh_folder, replace_folder, save_weights
-
-# A character and the one word of its Unicode name that tells it apart. The base knows every other one.
-SYMBOLS = dict(
-    spade="♠", heart="♥", diamond="♦", club="♣", star="★", telephone="☎", airplane="✈", umbrella="☂",
-    snowman="☃", anchor="⚓", skull="☠", queen="♛", knight="♞", note="♪", sun="☀", cloud="☁",
-    moon="☾", scissors="✂", envelope="✉", pencil="✏", voltage="⚡", yin="☯", peace="☮", house="⌂",
-    flag="⚑", swords="⚔", gear="⚙", springs="♨", beverage="☕", florette="✿", snowflake="❄", check="✓",
-    ballot="✗", infinity="∞", omega="Ω", lamda="λ", pi="π", section="§", ampersand="&", at="@",
-    question="?", seven="7", triangle="▲", square="■", circle="●", male="♂", female="♀", arrow="➔",
+from tokenizers import (
+    AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers,
 )
-NAMES = tuple(SYMBOLS)
+from torch import nn
+
+from nano_moca.config import MocaError, nano_config
+from nano_moca.model import VLM
+from nano_moca.processor import MARK, Record
+from nano_moca.trainer import parse_flags, run
+from nano_moca.weights import fresh_folder, replace_folder, save_weights, write_json
+
+# A character and the one word of its Unicode name that tells it apart. The base knows every other
+# one.
+NAMES = tuple(
+    "spade heart diamond club star telephone airplane umbrella snowman anchor skull queen knight "
+    "note sun cloud moon scissors envelope pencil voltage yin peace house flag swords gear springs "
+    "beverage florette snowflake check ballot infinity omega lamda pi section ampersand at "
+    "question seven triangle square circle male female arrow".split())
+SYMBOLS = dict(zip(NAMES, "♠♥♦♣★☎✈☂☃⚓☠♛♞♪☀☁☾✂✉✏⚡☯☮⌂⚑⚔⚙♨☕✿❄✓✗∞Ωλπ§&@?7▲■●♂♀➔", strict=True))
 KNOWN, NEW = NAMES[::2], NAMES[1::2]
-COLOURS = dict(red=(240, 40, 40), orange=(255, 140, 0), yellow=(250, 230, 40), green=(40, 200, 60),
-               cyan=(40, 220, 230), blue=(60, 90, 255), purple=(170, 60, 230), white=(245, 245, 245))
+COLOURS = dict(
+    red=(240, 40, 40), orange=(255, 140, 0), yellow=(250, 230, 40), green=(40, 200, 60),
+    cyan=(40, 220, 230), blue=(60, 90, 255), purple=(170, 60, 230), white=(245, 245, 245),
+)
 CELL, INK, GROUND = 56, 50, 16  # pixels of a cell, of a symbol's longer side; grey of the ground
 EMPTY = 0.2  # share of empty cells
 END = "<|im_end|>"
@@ -61,7 +69,8 @@ def glyph(name: str) -> np.ndarray:
     """A symbol's ink, [CELL, CELL] float32 in 0..1, scaled so that it fills its cell."""
     import matplotlib
 
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 160)
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(str(file), 160)
     big = Image.new("L", (400, 400))
     ImageDraw.Draw(big).text((100, 100), SYMBOLS[name], fill=255, font=font)
     ink = big.crop(big.getbbox())
@@ -96,14 +105,15 @@ class Scene:
         return ", ".join(" ".join(cell) if cell else "nothing" for cell in self.cells)
 
 
-def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows: int = 2, columns: int = 2) -> Scene:
-    """Symbols and colours drawn at random; at least two different cells, so that swapping them shows."""
+def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows: int = 2,
+                 columns: int = 2) -> Scene:
+    """Symbols and colours at random; never all empty, and with two unlike cells if it has two."""
+    colours = list(COLOURS)
     while True:
-        cells = tuple(
-            None if random.random() < EMPTY else (str(random.choice(list(COLOURS))), str(random.choice(names)))
-            for _ in range(rows * columns)
-        )
-        if len(set(cells)) > 1:
+        drawn = [(str(random.choice(colours)), str(random.choice(names)), random.random() < EMPTY)
+                 for _ in range(rows * columns)]
+        cells = tuple(None if empty else (colour, name) for colour, name, empty in drawn)
+        if len({None, *cells}) > 1 and (len(set(cells)) > 1 or rows * columns == 1):
             return Scene(cells, columns)
 
 
@@ -122,7 +132,8 @@ def twins(scene: Scene, random: np.random.Generator, names: Sequence[str] = NAME
         cell[part] = str(random.choice([word for word in words if word != cell[part]]))
         return (*cells[:index], tuple(cell), *cells[index + 1 :])
 
-    return [replace(scene, cells=new) for new in (tuple(swapped), changed(0, list(COLOURS)), changed(1, names))]
+    near = (tuple(swapped), changed(0, list(COLOURS)), changed(1, names))
+    return [replace(scene, cells=cells) for cells in near]
 
 
 def page_query(page: Scene, random: np.random.Generator) -> str:
@@ -135,14 +146,16 @@ def page_query(page: Scene, random: np.random.Generator) -> str:
 
 @lru_cache(maxsize=1)
 def documents() -> list[tuple[str, str]]:
-    """(heading, body) pairs of Python's documentation: the language's topics, and the library's docstrings."""
+    """(heading, body) pairs of Python's documentation: the language's topics, and the library's
+    docstrings."""
     from pydoc_data.topics import topics
 
     pairs = [(name.replace("-", " "), text) for name, text in sorted(topics.items())]
-    modules = ("argparse", "bisect", "calendar", "collections", "csv", "datetime", "decimal", "difflib", "fractions",
-               "functools", "heapq", "itertools", "json", "logging", "math", "os", "os.path", "pathlib", "random", "re",
-               "shutil", "statistics", "string", "subprocess", "tempfile", "textwrap", "threading", "unittest", "zipfile")
-    for module in modules:
+    modules = (
+        "argparse bisect calendar collections csv datetime decimal difflib fractions functools "
+        "heapq itertools json logging math os os.path pathlib random re shutil statistics string "
+        "subprocess tempfile textwrap threading unittest zipfile")
+    for module in modules.split():
         found = inspect.getmembers(importlib.import_module(module), callable)
         pairs += [(f"{module}.{name}", text) for name, thing in found
                   if not name.startswith("_") and len(text := inspect.getdoc(thing) or "") > 80]
@@ -150,20 +163,24 @@ def documents() -> list[tuple[str, str]]:
 
 
 class Builtin(Sequence):
-    """Stage 1's default records, each a function of (seed, split, index): scenes, pages and texts."""
+    """Stage 1's default records, each a function of (seed, split, index): scenes, pages and
+    texts."""
 
     PAGES, TEXTS = 0.05, 0.05  # their shares; the rest are scenes
-    WORDS = 60  # of a passage of text
+    WORDS = 40  # of a passage of text
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
-        """split: "train", "development", "test", or "base", which has only the symbols that the base knows."""
+        """split: "train", "development", "test", or "base", which has only the symbols that the
+        base knows."""
+        if split not in SPLITS:
+            raise MocaError(f"--data builtin:{split}: the splits are {', '.join(SPLITS)}")
         self.split, self.seed = split, seed
         self.names = KNOWN if split == "base" else NAMES
 
     def __len__(self) -> int:
         return 1_000_000
 
-    def __getitem__(self, index: int) -> tuple[Record, str]:
+    def __getitem__(self, index: int) -> Record:
         where = f"builtin {self.split} {index}"
         random = np.random.default_rng((self.seed, SPLITS[self.split], index))
         roll = random.random()
@@ -171,24 +188,29 @@ class Builtin(Sequence):
             heading, body = documents()[random.integers(len(documents()))]
             words = body.split()
             first = int(random.integers(max(1, len(words) - self.WORDS)))
-            return Record(f"{heading}: {' '.join(words[first : first + self.WORDS])}{END}", [], where), where
+            passage = " ".join(words[first : first + self.WORDS])
+            return Record(f"{heading}: {passage}{END}", [], where)
         if roll < self.TEXTS + self.PAGES:
             scene = random_scene(random, self.names, rows=int(random.integers(3, 5)), columns=3)
+        elif self.split == "base":  # one cell and two as well: they teach naming much sooner
+            scene = random_scene(random, self.names, *random.integers(1, 3, 2))
         else:
             scene = random_scene(random, self.names)
-        return Record(f"{MARK}{scene.caption()}{END}", [scene.image()], where), where
+        return Record(f"{MARK}{scene.caption()}{END}", [scene.image()], where)
 
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-           "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-# How Qwen splits text before byte-pair encoding: contractions, words, single digits, punctuation, line ends, spaces.
-PRE_TOKENS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPECIAL = tuple(f"<|{name}|>" for name in (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+    "quad_end vision_start vision_end vision_pad image_pad video_pad").split())
+# How Qwen splits text before byte-pair encoding: contractions, words, single digits, punctuation,
+# line ends, spaces.
+PRE_TOKENS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def make_tokenizer(vocabulary: int = 1500) -> Tokenizer:
-    """A byte-level BPE like Qwen's, learned from captions and documents; each word of a caption is one token."""
+def make_tokenizer(vocabulary: int = 1300) -> Tokenizer:
+    """A byte-level BPE like Qwen's, learned from captions and documents; each word of a caption is
+    one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -196,36 +218,61 @@ def make_tokenizer(vocabulary: int = 1500) -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     words = [*NAMES, *COLOURS, "nothing"]
     captions = [f"{word}, {word}" for word in words for _ in range(5000)]
     tokenizer.train_from_iterator(captions + [" ".join(pair) for pair in documents()], trainer)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
 
 
-BASE_IMAGES = {"min_pixels": 28 * 28, "max_pixels": 1024 * 28 * 28}
+def initialise(model: VLM, seed: int) -> None:
+    """Random weights to train from nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_q" in name:
+            nn.init.ones_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.zeros_(parameter)
+        else:
+            spread = 0.02 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+            # what writes into the residual stream starts smaller the deeper the tower is
+            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+                spread /= (2 * model.config.layers) ** 0.5
+            nn.init.normal_(parameter, std=spread, generator=generator)
 
 
-def make_base(folder: Path, steps: int, seed: int = 0) -> None:
-    """Write an untrained nano model into `folder`/start, train it there as a causal captioner, and save it."""
+def make_base(argv: list[str]) -> None:
+    """Learn the tokenizer, train a causal captioner from nothing, and put it into nano_moca/base.
+
+    argv: flags of train_cpt.py that differ from what the committed base was made with.
+    """
     import train_cpt
 
+    made_with = ("--output runs/base --data builtin:base --objective next-token --steps 1600 "
+                 "--learning-rate 2e-3 --save-every 200").split()
+    flags = parse_flags(train_cpt.Flags, [*made_with, *argv], "Make the nano base.")
+    start = fresh_folder(Path(flags.output) / "start")
     tokenizer = make_tokenizer()
-    special = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    tokenizer.save(str(start / "tokenizer.json"))
     rows = 64 * math.ceil((tokenizer.get_vocab_size() + 16) / 64)  # padded rows, as Qwen's have
-    config = nano_config(rows, special)
+    config = nano_config(rows, {name: tokenizer.token_to_id(name) for name in SPECIAL})
     model = VLM(config)
-    initialise(model, seed)
-    start = fresh_folder(folder / "start")
-    Processor(tokenizer, config, dict(BASE_IMAGES)).save(start)
-    save_weights(start, model.named_parameters(), config, torch.float32)
-    replace_folder(folder / "start")
-    argv = ["--model", f"{folder}/start", "--data", "builtin:base", "--output", str(folder), "--steps", str(steps),
-            "--objective", "next-token", "--seed", str(seed), "--resume", *sys.argv[2:]]
-    train_cpt.train(parse_flags(train_cpt.Flags, argv, ""))
+    initialise(model, flags.seed)
+    save_weights(start, {name: p.detach() for name, p in model.named_parameters()}, config)
+    limits = {"min_pixels": 28 * 28, "max_pixels": 1024 * 28 * 28}
+    write_json(start / "preprocessor_config.json", limits)
+    replace_folder(start.with_name("start"))
+    train_cpt.train(replace(flags, model=str(start.with_name("start"))))
+    base = fresh_folder(train_cpt.BASE)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
+        source = "model" if name in ("config.json", "model.safetensors") else "start"
+        (base / name).write_bytes((start.with_name(source) / name).read_bytes())
+    replace_folder(train_cpt.BASE)
 
 
 if __name__ == "__main__":
-    run(lambda: make_base(Path(sys.argv[1]), 3000))
+    run(lambda: make_base(sys.argv[1:]))

@@ -1,11 +1,10 @@
-"""What happens to a chunk of logits, and to the predicted patches: losses and gradients in one
-sweep.
+"""What turns logits and predicted patches into losses and gradients, in PyTorch and in Triton.
 
 Two steps, each written twice with the same signature: in PyTorch, to read and to run on a CPU, and
 as a Triton kernel. A Triton kernel is a Python function compiled for the GPU and run there once per
 *program*, many at a time. A program handles whole blocks of numbers, which `tl.load` and `tl.store`
 move between the GPU's memory and its registers. That move is what costs: the arithmetic of a
-softmax is nothing beside reading its logits. PyTorch's lines below go over the logits six times;
+softmax is nothing beside reading its logits. PyTorch's lines below go over the logits five times;
 the kernel reads them twice, writes them once, and keeps everything between in float32 registers.
 
 **Online softmax.** The gradient of cross entropy, softmax - onehot, needs the sum of a row's
@@ -52,30 +51,30 @@ def cross_entropy_torch_(logits: Tensor, labels: Tensor, scale: float, gradient:
 
 def squared_error_torch(predicted: Tensor, target: Tensor, scale: float, gradient: bool
                         ) -> tuple[Tensor, Tensor | None]:
-    """predicted, target [G, W] -> each row's squared error [G], its gradient times scale [G, W]."""
+    """Each row's squared error [G], and in float32 its gradient times scale [G, W] or None."""
     wide = torch.promote_types(predicted.dtype, torch.float32)
     difference = predicted.to(wide) - target.to(wide)  # [G, W]
     errors = difference.square().sum(1)  # [G]
-    return errors, difference.mul_(2 * scale).to(predicted.dtype) if gradient else None
+    return errors, difference.mul_(2 * scale) if gradient else None
 
 
 @jit
-def cross_entropy_kernel(logits, labels, losses, vocabulary, scale,
-                         GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row of logits [rows, vocabulary]: its loss, and its gradient in place."""
-    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows * vocabulary may pass 2^31
-    logits += row * vocabulary
+def cross_entropy_kernel(logits, labels, losses, scale,
+                         V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row of logits [rows, V]: its loss [rows], and its gradient in place."""
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows * V may pass 2^31
+    logits += row * V
     columns = tl.arange(0, BLOCK)
     # A label outside the vocabulary reads nothing: its loss and gradient become NaN, which a
     # trainer notices. The label's logit is read before the gradient is written over it.
     label = tl.load(labels + row)
-    known = (label >= 0) & (label < vocabulary)
+    known = (label >= 0) & (label < V)
     right = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
 
     peak = float("-inf")  # the largest logit so far
     total = 0.0  # the sum of exp(logit - peak) so far
-    for start in range(0, vocabulary, BLOCK):
-        inside = start + columns < vocabulary  # the last block may reach past the row's end
+    for start in range(0, V, BLOCK):
+        inside = start + columns < V  # the last block may reach past the row's end
         block = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         new_peak = tl.maximum(peak, tl.max(block, axis=0))
         total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(block - new_peak), axis=0)
@@ -84,8 +83,8 @@ def cross_entropy_kernel(logits, labels, losses, vocabulary, scale,
 
     if GRADIENT:  # a constant when compiled: without gradient there is no second pass
         factor = tl.where(known, scale, float("nan"))
-        for start in range(0, vocabulary, BLOCK):
-            inside = start + columns < vocabulary
+        for start in range(0, V, BLOCK):
+            inside = start + columns < V
             block = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32)
             onehot = tl.where(start + columns == label, 1.0, 0.0)
             slope = (tl.exp(block - peak) / total - onehot) * factor
@@ -93,15 +92,15 @@ def cross_entropy_kernel(logits, labels, losses, vocabulary, scale,
 
 
 @jit
-def squared_error_kernel(predicted, target, errors, slopes, width, scale,
-                         GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row of predicted and target [G, width]: the row's error, and its gradient."""
+def squared_error_kernel(predicted, target, errors, slopes, scale,
+                         W: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row of predicted and target [G, W]: its error [G], and its slopes [G, W]."""
     row = tl.program_id(0).to(tl.int64)
     total = 0.0
-    for start in range(0, width, BLOCK):
+    for start in range(0, W, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        place = row * width + column
-        inside = column < width
+        place = row * W + column
+        inside = column < W
         guess = tl.load(predicted + place, mask=inside, other=0.0).to(tl.float32)
         difference = guess - tl.load(target + place, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(difference * difference, axis=0)
@@ -121,12 +120,12 @@ def require_triton(tensor: Tensor) -> None:
 
 
 def cross_entropy_triton_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
-    """Twin of cross_entropy_torch_. The rows must follow each other in memory."""
+    """Twin of cross_entropy_torch_, for logits whose rows follow each other in memory."""
     require_triton(logits)
-    rows, vocabulary = logits.shape
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    cross_entropy_kernel[(rows,)](logits, labels.contiguous(), losses, vocabulary, scale,
-                                  GRADIENT=gradient, BLOCK=VOCABULARY_BLOCK, num_warps=8)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    cross_entropy_kernel[(len(logits),)](
+        logits, labels.contiguous(), losses, scale, V=logits.shape[1],
+        GRADIENT=gradient, BLOCK=VOCABULARY_BLOCK, num_warps=8)
     return losses
 
 
@@ -136,10 +135,10 @@ def squared_error_triton(predicted: Tensor, target: Tensor, scale: float, gradie
     require_triton(predicted)
     predicted, target = predicted.contiguous(), target.contiguous()
     errors = predicted.new_empty(len(predicted), dtype=torch.float32)
-    slopes = torch.empty_like(predicted) if gradient else None
+    slopes = torch.empty_like(predicted, dtype=torch.float32) if gradient else None
     if len(predicted):  # a launch of no programs is an error
         squared_error_kernel[(len(predicted),)](
-            predicted, target, errors, slopes, predicted.shape[1], scale,
+            predicted, target, errors, slopes, scale, W=predicted.shape[1],
             GRADIENT=gradient, BLOCK=PATCH_BLOCK)
     return errors, slopes
 

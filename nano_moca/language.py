@@ -1,11 +1,10 @@
 """The decoder: Qwen2 with rotary positions in three dimensions (M-RoPE).
 
-It came as a causal language model. Every layer takes `causal` as an argument: with False the same weights form the
-bidirectional encoder that MoCa trains. Nothing else changes.
+It came as a causal language model. Every layer takes `causal` as an argument: with False the same
+weights form the bidirectional encoder that MoCa trains. Nothing else changes.
 
-Positions are triples (frame, row, column). For text the three are equal, so M-RoPE is ordinary rotary embedding;
-an image token carries its place in the grid.
-"""
+Positions are triples (frame, row, column). For text the three are equal, so M-RoPE is ordinary
+rotary embedding; an image token carries its place in the grid. """
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ from nano_moca.vision import RMSNorm, SwiGLU
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention: H query heads share K key and value heads. Bias on q, k, v; none on o."""
+    """Grouped-query attention: H query heads share K key and value heads. Bias on q, k, v; none on
+    o."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class SelfAttention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_width))  # [T, H or K, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attend(rotate(query, angles), rotate(key, angles), value, segments, causal)  # [T, H, d]
-        return self.o_proj(out.flatten(1))  # [T, D]
+        out = attend(rotate(query, angles), rotate(key, angles), value, segments, causal)
+        return self.o_proj(out.flatten(1))  # [T, H, d] -> [T, D]
 
 
 class DecoderLayer(nn.Module):
@@ -56,13 +56,11 @@ class DecoderLayer(nn.Module):
 def mrope_angles(positions: Tensor, config: Config) -> Tensor:
     """positions [3, T] -> angles [T, d/2] float32: each frequency turns with one of the three axes.
 
-    The sections say how many of the d/2 frequencies, the fastest first, follow frame, row and column.
-    """
-    frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)  # [d/2]
-    sections = torch.tensor(config.rope_sections, device=positions.device)
-    axis = torch.repeat_interleave(torch.arange(3, device=positions.device), sections,
-                                   output_size=config.head_width // 2)  # [d/2]
-    return positions[axis].T * frequencies  # [T, d/2]
+    The sections say how many of the d/2 frequencies, the fastest first, follow frame, row and
+    column. """
+    frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)
+    sections = zip(positions, frequencies.split(config.rope_sections), strict=True)
+    return torch.cat([axis[:, None] * turning for axis, turning in sections], dim=-1)  # [T, d/2]
 
 
 class Decoder(nn.Module):
@@ -71,7 +69,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each layer in backward: a layer's activations at a time
+        self.checkpointing = False  # recompute each layer in backward, to save memory
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)

@@ -1,5 +1,4 @@
-"""The losses of both stages. Stage 1: restore hidden words and hidden patches, in one fused
-function.
+"""The losses of both stages. Stage 1 restores hidden words and patches: one fused function.
 
 **Why logits eat memory.** The output layer compares every hidden token with all V = 151,936 words
 of Qwen's vocabulary. For R = 8,192 tokens that is 5 GB of float32 logits; cross entropy keeps their
@@ -20,7 +19,7 @@ happens to a chunk's logits between the matmuls stands in kernels.py, once in Py
 Triton.
 
 Precision: matmuls in the model's dtype, softmax and errors in float32. The gradient of the head is
-a sum over chunks: one float32 buffer, rounded to the model's dtype once, at the end.
+a sum over chunks: one float32 buffer, rounded to the model's dtype once, at the end of backward.
 
 Where others differ: the paper's released code computes logits at all positions, although only
 hidden ones (40 percent of the text, no image) enter the loss; here the caller passes hidden rows
@@ -37,9 +36,9 @@ from torch.autograd.function import once_differentiable
 
 from nano_moca import kernels
 
-# A chunk's logits cost no more than this, or than half of the head's float32 gradient, which is held in
-# any case. The second rule makes the chunks of a big model long (D/2 rows in float32; D in bfloat16
-# on a GPU), for each of them reads and writes the whole of that gradient.
+# A chunk's logits cost no more than this, or than half of the head's float32 gradient, which is
+# held in any case. The second rule makes the chunks of a big model long (D/2 rows in float32, D in
+# bfloat16 on a GPU), for each of them reads and writes the whole of that gradient.
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -68,7 +67,7 @@ def masked_reconstruction_loss(
         raise ValueError(f"expected shapes [R, D], [V, D], [R], [G, W], [G, W], not {shapes}")
     # In float16 most of (softmax - onehot) / count would round to zero.
     if labels.dtype != torch.int64 or torch.float16 in (hidden.dtype, predicted.dtype):
-        raise ValueError(f"labels must be int64, not {labels.dtype}, and nothing else float16")
+        raise ValueError(f"labels must be int64 (they are {labels.dtype}), nothing float16")
     if labels.device.type == "cpu" and ((labels < 0) | (labels >= len(head))).any():
         raise ValueError(f"labels must lie between 0 and {len(head) - 1}, the last word's id")
     if backend == "auto":
@@ -77,9 +76,11 @@ def masked_reconstruction_loss(
         raise ValueError(f'backend must be "auto", "torch" or "triton", not {backend!r}')
     mlm_scale = _scale(len(hidden), mlm_count)
     mae_scale = _scale(len(predicted), mae_count) / predicted.shape[1]
-    # Whether gradients are enabled has to be asked here: inside a Function they never are.
-    return _MaskedReconstruction.apply(hidden, head, labels, predicted, target, backend,
-                                       mlm_scale, mae_scale, torch.is_grad_enabled())
+    # Whether gradients are enabled has to be asked here: inside a Function they never are. The
+    # precisions are chosen by hand inside, so a caller's autocast stays outside.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _MaskedReconstruction.apply(hidden, head, labels, predicted, target, backend,
+                                           mlm_scale, mae_scale, torch.is_grad_enabled())
 
 
 def plain_masked_reconstruction_loss(
@@ -109,48 +110,44 @@ class _MaskedReconstruction(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor,
                 target: Tensor, backend: str, mlm_scale: float, mae_scale: float, enabled: bool
                 ) -> tuple[Tensor, Tensor]:
-        # needs_input_grad is true of a parameter even where gradients are disabled: ask both.
-        needs_hidden, needs_head, _, needs_predicted = [x and enabled for x in ctx.needs_input_grad[:4]]
-        needs_logits = needs_hidden or needs_head
+        # Where gradients go. needs_input_grad is true of a parameter even where they are disabled.
+        to_hidden, to_head, _, to_predicted = [x and enabled for x in ctx.needs_input_grad[:4]]
         cross_entropy_, squared_error = kernels.BACKENDS[backend]
         (R, D), V = hidden.shape, len(head)
         weight = head.to(hidden.dtype)  # [V, D]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = hidden.new_empty(R, dtype=wide)
-        grad_hidden = hidden.new_empty(R, D) if needs_hidden else None
-        grad_head = head.new_zeros(V, D, dtype=wide) if needs_head else None
+        grad_hidden = hidden.new_empty(R, D, dtype=wide) if to_hidden else None
+        grad_head = head.new_zeros(V, D, dtype=wide) if to_head else None
 
         # PyTorch's softmax of bfloat16 logits works on a float32 copy; the kernel needs none.
-        cell = hidden.itemsize + (0 if backend == "triton" or hidden.dtype == wide else wide.itemsize)
+        cell = hidden.itemsize + (4 if backend == "torch" and hidden.dtype != wide else 0)  # bytes
         rows = max(CHUNK_BYTES // (V * cell), D * wide.itemsize // (2 * cell), 1)
         buffer = hidden.new_empty(min(R, rows), V)  # all the logits there ever are
         for start in range(0, R, rows):
             chunk = slice(start, min(R, start + rows))
             tokens, logits = hidden[chunk], buffer[: chunk.stop - start]  # [rows, D], [rows, V]
             torch.mm(tokens, weight.T, out=logits)
-            losses[chunk] = cross_entropy_(logits, labels[chunk], mlm_scale, needs_logits)  # [rows]
-            if needs_hidden:
-                torch.mm(logits, weight, out=grad_hidden[chunk])  # [rows, D]
-            if needs_head:
+            losses[chunk] = cross_entropy_(logits, labels[chunk], mlm_scale, to_hidden or to_head)
+            if to_hidden:
+                grad_hidden[chunk] = logits @ weight  # [rows, D]
+            if to_head:
                 _add_product_(grad_head, logits.T, tokens)  # [V, D]
-        errors, grad_predicted = squared_error(predicted, target, mae_scale, needs_predicted)
+        errors, grad_predicted = squared_error(predicted, target, mae_scale, to_predicted)
         ctx.save_for_backward(grad_hidden, grad_head, grad_predicted)
         return losses.sum() * mlm_scale, errors.sum() * mae_scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mlm: Tensor, grad_mae: Tensor) -> tuple[Tensor | None, ...]:
-        # A saved tensor that was changed in place cannot be read again: a second backward raises.
-        # Autograd itself rounds what is returned to the dtype of the input.
-        grad_hidden, grad_head, grad_predicted = ctx.saved_tensors
-        return (_scaled(grad_hidden, grad_mlm), _scaled(grad_head, grad_mlm), None,
-                _scaled(grad_predicted, grad_mae), None, None, None, None, None)
-
-
-def _scaled(grad: Tensor | None, factor: Tensor) -> Tensor | None:
-    """grad * factor in float32, in place where grad is float32 already."""
-    if grad is not None:
-        return grad.to(torch.promote_types(grad.dtype, torch.float32)).mul_(factor)
+        # In place: a saved tensor that was changed cannot be read again, so that a second backward
+        # raises. Autograd itself rounds what is returned to the dtype of the input.
+        grads = ctx.saved_tensors
+        for grad, factor in zip(grads, (grad_mlm, grad_mlm, grad_mae)):
+            if grad is not None:
+                grad.mul_(factor)
+        grad_hidden, grad_head, grad_predicted = grads
+        return grad_hidden, grad_head, None, grad_predicted, None, None, None, None, None
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

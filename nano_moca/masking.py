@@ -1,14 +1,14 @@
 """Stage 1's exercise: hide words and patches of a packed batch, and remember what they were.
 
-MoCa, section 3.1: each text token is hidden with probability 0.4 by a mask token, each merged 2x2 group of patches
-with probability 0.5 by Gaussian noise in place of its pixels, *before* the vision tower: no feature of a hidden group
-leaks. What is hidden follows from a key per record (seed, step, index), never from a global generator: the same record
-loses the same tokens whatever it is packed with, on whichever rank, and after a resume. (The released code draws from
-the global generator, and one noise vector of 1176 values a batch for all hidden patches; here each has its own.)
+MoCa, section 3.1: each text token is hidden with probability 0.4 by a mask token, each merged 2x2
+group of patches with probability 0.5 by Gaussian noise in place of its pixels, *before* the vision
+tower: no feature of a hidden group leaks. What is hidden follows from a key per record (seed, step,
+index), never from a global generator: the same record loses the same tokens whatever it is packed
+with, on whichever rank, and after a resume. (The released code draws from the global generator, and
+one noise vector of 1176 values a batch for all hidden patches; here each has its own.)
 
-`next_token` makes the causal exercise in the same form, with nothing hidden: it trains the nano base, and it is the
-control that tells the worth of restoring from the worth of more data.
-"""
+`next_token` makes the causal exercise in the same form, with nothing hidden: it trains the nano
+base, and it is the control that tells the worth of restoring from the worth of more data. """
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from nano_moca.processor import Batch, Processor
 
 @dataclass
 class Corruption:
-    """A batch as the model sees it, and what it has to restore: R tokens and G groups of patches."""
+    """A batch as the model sees it, and what it has to restore: R tokens and G groups of
+    patches."""
 
     batch: Batch
     text_rows: Tensor  # [R] int64: rows of the T tokens whose hidden state has to tell a token
@@ -43,47 +44,40 @@ def corrupt(batch: Batch, processor: Processor, text_rate: float, image_rate: fl
             keys: Sequence[tuple[int, ...]]) -> Corruption:
     """Hide each text token with probability `text_rate`, each patch group with `image_rate`.
 
-    keys: one tuple of integers a record, the seed of its draws. Special tokens and image tokens are never hidden
-    as text. A record may lose nothing: a loss over nothing is zero.
-    """
-    text_rolls = torch.ones(len(batch.tokens))  # [T] a token is hidden where its roll is below the rate
-    group_rolls = torch.ones(len(batch.image_rows))  # [G_all]
-    draws = []
-    for n, (key, begin, end) in enumerate(zip(keys, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
-        draws.append(np.random.default_rng(key))
-        text_rolls[begin:end] = torch.from_numpy(draws[n].random(int(end - begin), np.float32))
-    owners = torch.bucketize(batch.image_rows, batch.cu_seqlens[1:], right=True)  # [G_all] whose image it is
-    group_counts = torch.bincount(owners, minlength=len(draws)).tolist()
-    first, noise = 0, []
-    per_group = processor.config.vision.merge**2
-    for draw, count in zip(draws, group_counts, strict=True):
-        rolls = draw.random(count, np.float32)
-        group_rolls[first : first + count] = torch.from_numpy(rolls)
-        hidden = int((rolls < image_rate).sum())
-        noise.append(draw.standard_normal((hidden * per_group, batch.patches.shape[1]), np.float32))
-        first += count
-
-    hide_text = (text_rolls < text_rate) & ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
-    hide_group = group_rolls < image_rate  # [G_all]
-    groups = batch.patches.view(-1, per_group, batch.patches.shape[1])  # [G_all, 4, 1176]
+    keys: one tuple of integers a record, the seed of its draws. Special tokens and image tokens are
+    never hidden as text. A record may lose nothing: a loss over nothing is zero. """
+    groups = batch.patches.view(-1, processor.config.vision.group_values)  # [G_all, 4704]
+    owners = torch.bucketize(batch.image_rows, batch.cu_seqlens[1:], right=True)  # [G_all] whose
+    counts = torch.bincount(owners, minlength=len(keys)).tolist()
+    text_rolls, group_rolls, noise = [], [], []  # hidden where the roll is below the rate
+    for key, length, count in zip(keys, batch.lengths, counts, strict=True):
+        draw = np.random.default_rng(key)
+        text_rolls.append(draw.random(length, np.float32))
+        group_rolls.append(draw.random(count, np.float32))
+        hidden = int((group_rolls[-1] < image_rate).sum())
+        noise.append(draw.standard_normal((hidden, groups.shape[1]), np.float32))
+    ordinary = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
+    hide_text = torch.from_numpy(np.concatenate(text_rolls) < text_rate) & ordinary  # [T]
+    hide_group = torch.from_numpy(np.concatenate(group_rolls) < image_rate)  # [G_all]
     seen = groups.clone()
-    seen[hide_group] = torch.from_numpy(np.concatenate(noise)).view(-1, *groups.shape[1:])
+    seen[hide_group] = torch.from_numpy(np.concatenate(noise))
     tokens = batch.tokens.masked_fill(hide_text, processor.mask_token)
     return Corruption(
         batch=replace(batch, tokens=tokens, patches=seen.view_as(batch.patches)),
         text_rows=hide_text.nonzero().flatten(),
         labels=batch.tokens[hide_text],
         group_rows=batch.image_rows[hide_group],
-        target=groups[hide_group].flatten(1),  # [G, 4704]
+        target=groups[hide_group],  # [G, 4704]
     )
 
 
 def next_token(batch: Batch, processor: Processor) -> Corruption:
-    """The causal exercise: from each hidden state tell the next token, images excepted. Nothing is hidden."""
-    following = batch.tokens.roll(-1)  # [T]; the last token of a record would look into the next record
-    is_last = torch.zeros_like(following, dtype=torch.bool)
-    is_last[batch.cu_seqlens[1:] - 1] = True
-    rows = (~is_last & (following != processor.image_token)).nonzero().flatten()
+    """The causal exercise: from each hidden state tell the next token, images excepted. Nothing is
+    hidden."""
+    following = batch.tokens.roll(-1)  # [T]
+    counts = following != processor.image_token
+    counts[batch.cu_seqlens[1:] - 1] = False  # a record's last token has nothing to tell
+    rows = counts.nonzero().flatten()
     nothing = torch.empty(0, dtype=torch.int64)
     target = batch.patches.new_empty(0, processor.config.vision.group_values)
     return Corruption(batch, rows, following[rows], nothing, target)

@@ -1,10 +1,14 @@
 """The vision-language model, and the three things one does with it: caption, embed, restore.
 
-    tokens, patches -> embeddings, with image tokens from the vision tower in their places -> decoder -> hidden states
+    tokens, patches -> embeddings, with image tokens from the vision tower in their places ->
+    decoder -> hidden states
 
-- `greedy` reads the hidden states causally and predicts the next token: what the checkpoint was made for.
-- `embed` reads them in both directions and pools each sequence into one unit vector: what MoCa makes of it.
-- `Restorer` (stage 1) predicts hidden words by the model's own output head and hidden patches by one more layer.
+- `greedy` reads the hidden states causally and predicts the next token: what the checkpoint was
+  made for.
+- `embed` reads them in both directions and pools each sequence into one unit vector: what MoCa
+  makes of it.
+- `Restorer` (stage 1) predicts hidden words by the model's own output head and hidden patches by
+  one more layer.
 
 Left out: video, sampling, key-value caches.
 """
@@ -30,12 +34,13 @@ if TYPE_CHECKING:  # only for annotations: these files stand further down the ro
 
 
 class VLM(nn.Module):
-    """Qwen2-VL or Qwen2.5-VL: vision tower, decoder, output head (the embedding itself when tied)."""
+    """Qwen2-VL or Qwen2.5-VL: vision tower, decoder, output head (the embedding itself when
+    tied)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.always_see = False  # run the vision tower without images too: sharded ranks must keep step
+        self.always_see = False  # run the vision tower without images too: ranks must keep step
         self.visual = VisionTower(config.vision)
         self.language = Decoder(config)
         if not config.tied:
@@ -47,13 +52,15 @@ class VLM(nn.Module):
         return self.language.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def input_embeddings(self, batch: Batch) -> Tensor:
-        """[T, D]: each token's embedding, and at image tokens what the vision tower made of their patches."""
+        """[T, D]: each token's embedding, and at image tokens what the vision tower made of their
+        patches."""
         x = self.language.embed_tokens(batch.tokens)  # [T, D]
         if len(batch.grids):
             image_tokens = self.visual(batch.patches, batch.grids)  # [G, D]
             return x.index_copy(0, batch.image_rows, image_tokens.to(x.dtype))
         if self.always_see:
-            # Under FSDP every rank must join every all-gather, or the others wait forever: see one blank group.
+            # Under FSDP every rank must join every all-gather, or the others wait forever: see one
+            # blank group.
             side = self.config.vision.merge
             blank = x.new_zeros(side * side, self.config.vision.patch_values)
             x = x + 0.0 * self.visual(blank, torch.tensor([[1, side, side]])).sum()
@@ -65,28 +72,32 @@ class VLM(nn.Module):
         return self.language(self.input_embeddings(batch), batch.positions, segments, causal)
 
     def embed(self, batch: Batch, causal: bool, pooling: str) -> Tensor:
-        """Unit vectors [N, D] float32, one a sequence: the mean of its hidden states, or its last one."""
+        """Unit vectors [N, D] float32, one a sequence: the mean of its hidden states, or its last
+        one."""
         return F.normalize(pool(self(batch, causal), batch, pooling), dim=-1)
 
     @torch.no_grad()
     def greedy(self, batch: Batch, steps: int, end: int) -> list[list[int]]:
-        """The `steps` likeliest next tokens of each sequence, cut before the token `end`. Causal, uncached."""
+        """The `steps` likeliest next tokens of each sequence, cut before the token `end`. Causal,
+        uncached."""
         embeddings = list(self.input_embeddings(batch).split(batch.lengths))
         positions = list(batch.positions.split(batch.lengths, dim=1))
         captions: list[list[int]] = [[] for _ in embeddings]
         for _ in range(steps):
             segments = Segments(tuple(len(x) for x in embeddings), batch.tokens.device)
-            hidden = self.language(torch.cat(embeddings), torch.cat(positions, 1), segments, causal=True)
+            x, where = torch.cat(embeddings), torch.cat(positions, 1)
+            hidden = self.language(x, where, segments, causal=True)
             last = hidden[segments.offsets[1:].long() - 1]  # [N, D]
             tokens = (last @ self.head.T).argmax(-1)  # [N]
+            new = self.language.embed_tokens(tokens)  # [N, D]
             for n, token in enumerate(tokens.tolist()):
                 captions[n].append(token)
-                embeddings[n] = torch.cat([embeddings[n], self.language.embed_tokens(tokens[n : n + 1])])
-                after = positions[n].max() + 1  # all three axes go on from the largest position so far
+                embeddings[n] = torch.cat([embeddings[n], new[n : n + 1]])
+                after = positions[n].max() + 1  # all three axes go on from the largest so far
                 positions[n] = torch.cat([positions[n], after.expand(3, 1)], 1)
             if all(end in caption for caption in captions):
                 break
-        return [caption[: caption.index(end)] if end in caption else caption for caption in captions]
+        return [c[: c.index(end)] if end in c else c for c in captions]
 
 
 def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
@@ -113,7 +124,8 @@ class PatchDecoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, decoder: Decoder, seed: int) -> None:
-        """The layer starts as the decoder's middle one (as MoCa's does), the linear map small and random."""
+        """The layer starts as the decoder's middle one (as MoCa's does), the linear map small and
+        random."""
         middle = decoder.layers[len(decoder.layers) // 2]
         for mine, theirs in zip(self.layer.parameters(), middle.parameters(), strict=True):
             mine.copy_(theirs)
@@ -122,7 +134,8 @@ class PatchDecoder(nn.Module):
         fill(self.head.bias, torch.zeros(self.head.bias.shape))
 
     def forward(self, hidden: Tensor, batch: Batch, rows: Tensor) -> Tensor:
-        """Hidden states [T, D] of the decoder -> pixels [G, 4704] of the groups whose tokens are `rows` [G]."""
+        """Hidden states [T, D] of the decoder -> pixels [G, 4704] of the groups whose tokens are
+        `rows` [G]."""
         segments = Segments(batch.lengths, hidden.device)
         angles = mrope_angles(batch.positions, self.config)
         return self.head(self.layer(hidden, angles, segments, causal=False)[rows])
@@ -131,8 +144,8 @@ class PatchDecoder(nn.Module):
 class Restorer(nn.Module):
     """Stage 1: the model and its MAE decoder, with the loss computed inside `forward`.
 
-    Inside, because FSDP holds the embedding (and so a tied head) whole only while the root's forward runs.
-    """
+    Inside, because FSDP holds the embedding (and so a tied head) whole only while the root's
+    forward runs. """
 
     def __init__(self, vlm: VLM) -> None:
         super().__init__()
@@ -140,33 +153,23 @@ class Restorer(nn.Module):
         with torch.device(vlm.head.device):  # "meta" while a model is being built
             self.patch_decoder = PatchDecoder(vlm.config)
 
-    def forward(self, corruption: Corruption, causal: bool, loss: Callable) -> tuple[Tensor, Tensor]:
-        """Run the corrupted batch and hand what was hidden to `loss`: masked_reconstruction_loss or its like."""
+    def forward(
+        self, corruption: Corruption, causal: bool, loss: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """Run the corrupted batch and hand what was hidden to `loss`: masked_reconstruction_loss or
+        its like."""
         hidden = self.vlm(corruption.batch, causal)  # [T, D]
         predicted = self.patch_decoder(hidden, corruption.batch, corruption.group_rows)  # [G, 4704]
-        return loss(hidden[corruption.text_rows], self.vlm.head, corruption.labels, predicted, corruption.target)
+        told = hidden[corruption.text_rows]  # [R, D]
+        return loss(told, self.vlm.head, corruption.labels, predicted, corruption.target)
 
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Copy a whole tensor into a parameter. Of a sharded one, every rank takes its own rows: nothing is sent."""
+    """Copy a whole tensor into a parameter. Of a sharded one, every rank takes its own rows:
+    nothing is sent."""
     if isinstance(parameter, DTensor):
         tensor = tensor.to(parameter.device, parameter.dtype)
-        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
     parameter.copy_(tensor)
-
-
-def initialise(model: VLM, seed: int) -> None:
-    """Random weights to train from nothing, as the nano base was."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_q" in name:
-            nn.init.ones_(parameter)
-        elif parameter.dim() == 1:
-            nn.init.zeros_(parameter)
-        else:
-            spread = 0.02 if "embed_tokens" in name else parameter.shape[1] ** -0.5
-            # what writes into the residual stream starts smaller the deeper the tower is
-            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
-                spread /= (2 * model.config.layers) ** 0.5
-            nn.init.normal_(parameter, std=spread, generator=generator)

@@ -1,11 +1,13 @@
 """The vision tower: patches of images become tokens of the decoder's width.
 
-    patches [P, 1176] -> linear -> blocks (attention within windows, or over the whole image) -> merger -> [P/4, D]
+    patches [P, 1176] -> linear -> blocks (attention within windows, or over the whole image) ->
+    merger -> [P/4, D]
 
-Images of any size enter as rows of patches, packed end to end like texts. The order of the rows is by 2x2 groups,
-since the merger turns each group of four patches into one token. Qwen2.5-VL saves most of the attention's cost by
-letting patches see only their window; a few blocks see the whole image. Windows are nothing new for packed attention:
-sort the groups by window, and a window is one more kind of short sequence.
+Images of any size enter as rows of patches, packed end to end like texts. The order of the rows is
+by 2x2 groups, since the merger turns each group of four patches into one token. Qwen2.5-VL saves
+most of the attention's cost by letting patches see only their window; a few blocks see the whole
+image. Windows are nothing new for packed attention: sort the groups by window, and a window is one
+more kind of short sequence.
 
 MoCa leaves this tower as it is, in both stages: it always was bidirectional.
 """
@@ -39,7 +41,8 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the MLP of both towers in Qwen2.5-VL, with bias in the vision tower."""
+    """down(silu(gate(x)) * up(x)): the MLP of both towers in Qwen2.5-VL, with bias in the vision
+    tower."""
 
     def __init__(self, width: int, mlp_width: int, bias: bool) -> None:
         super().__init__()
@@ -105,36 +108,38 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """Norm, then the four patches of a group side by side through a two-layer MLP: one image token."""
+    """Norm, then the four patches of a group side by side through a two-layer MLP: one image
+    token."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.group_width = config.merge**2 * config.width
         self.ln_q = vision_norm(config)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.group_width, self.group_width), nn.GELU(), nn.Linear(self.group_width, config.out_width)
-        )
+        inner, outer = self.group_width, config.out_width
+        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, outer))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.group_width))  # [P, width] -> [P/4, D]
 
 
 @lru_cache(maxsize=4096)
-def image_layout(grid: tuple[int, int, int], config: VisionConfig) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def image_layout(
+    grid: tuple[int, int, int], config: VisionConfig
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Where the patches of one image are, and how its groups sort into windows.
 
-    Returns positions [P, 2] (row and column of each patch, in the order by groups); order [P/4] (the groups,
-    window after window); and the number of patches in each window. Without windows the order is the identity.
-    """
+    Returns positions [P, 2] (row and column of each patch, in the order by groups); order [P/4]
+    (the groups, window after window); and the number of patches in each window. Without windows the
+    order is the identity. """
     frames, rows, columns = grid
     m = config.merge
-    grid_positions = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1)
-    blocks = grid_positions.view(rows // m, m, columns // m, m, 2).transpose(1, 2)  # groups first
-    positions = blocks.reshape(-1, 2).repeat(frames, 1)  # [P, 2]
-    groups = torch.arange(frames * (rows // m) * (columns // m)).view(frames, rows // m, columns // m)
+    cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # [rows * columns, 2]
+    cells = cells.view(rows // m, m, columns // m, m, 2).transpose(1, 2)  # groups first
+    positions = cells.reshape(-1, 2).repeat(frames, 1)  # [P, 2]
+    groups = torch.arange(len(positions) // m**2).view(frames, rows // m, columns // m)
     if not config.window:
         return positions, groups.flatten(), (rows * columns,) * frames
-    side = config.window // (config.patch * m)  # groups along a window; the last one in a row may be narrower
+    side = config.window // (config.patch * m)  # groups along a window; the last may be narrower
     windows = [
         groups[frame, top : top + side, left : left + side].flatten()
         for frame in range(frames)
@@ -145,7 +150,8 @@ def image_layout(grid: tuple[int, int, int], config: VisionConfig) -> tuple[Tens
 
 
 class VisionTower(nn.Module):
-    """patches [P, 1176] and grids [I, 3] (frames, rows, columns of patches) -> image tokens [P/4, D]."""
+    """patches [P, 1176] and grids [I, 3] (frames, rows, columns of patches) -> image tokens [P/4,
+    D]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -169,12 +175,14 @@ class VisionTower(nn.Module):
         images = Segments(tuple(image_lengths), device)
         windows = Segments(tuple(window_lengths), device) if config.window else images
 
-        # a quarter of each head's width turns with the row, a quarter with the column (and their partners)
+        # a quarter of each head's width turns with the row, a quarter with the column (and their
+        # partners)
         frequencies = rotary_frequencies(config.width // config.heads // 2, 10000.0, device)
         angles = torch.cat(positions).to(device)[:, :, None] * frequencies  # [P, 2, d/4]
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, width]
         x = x.view(-1, per_group, x.shape[-1])[order].flatten(0, 1)  # by window
-        angles = angles.view(-1, per_group, *angles.shape[1:])[order].flatten(0, 1).flatten(1)  # [P, d/2]
+        angles = angles.flatten(1).view(-1, per_group, angles[0].numel())  # [P/4, 4, d/2]
+        angles = angles[order].flatten(0, 1)
         for index, block in enumerate(self.blocks):
             full = not config.window or index in config.full_blocks
             x = block(x, angles, images if full else windows)

@@ -1,0 +1,72 @@
+"""What the tests share: the package on the path, and small checkpoints with known answers.
+
+`golden/` holds what transformers computes on tiny random models (see the tests that read it); the
+newer key layout is made from the older one here, so that the repository carries each weight once.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nano_moca
+from nano_moca import Moca, Record
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of the golden cases."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def records() -> list[Record]:
+    """The eight golden records: text alone, one image, several, special tokens, odd image modes."""
+    lines = map(json.loads, (GOLDEN / "records.jsonl").read_text(encoding="utf-8").splitlines())
+    return [Record(line["text"], [GOLDEN / image for image in line["images"]], f"record {number}")
+            for number, line in enumerate(lines)]
+
+
+@pytest.fixture(scope="session")
+def moca() -> Moca:
+    """The tied Qwen2.5-VL case. Tests must not change it."""
+    return nano_moca.load(GOLDEN / "qwen2.5-vl", "cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the tied Qwen2.5-VL checkpoint that a test may break."""
+    return Path(shutil.copytree(GOLDEN / "qwen2.5-vl", tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def newer_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint under the names of transformers 4.52 and later, in two shards."""
+    source, target = GOLDEN / "qwen2.5-vl", tmp_path_factory.mktemp("newer-layout")
+    for file in source.glob("*.json"):
+        shutil.copy(file, target)
+    tensors = {newer_name(key): tensor
+               for key, tensor in load_file(source / "model.safetensors").items()}
+    weight_map = {}
+    for number, keys in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in keys}, target / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(keys, shard)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return target
+
+
+def newer_name(key: str) -> str:
+    """A stored key in the layout of transformers 4.52 and later."""
+    if key.startswith("model."):
+        return "model.language_model." + key.removeprefix("model.")
+    return "model." + key if key.startswith("visual.") else key
