@@ -110,9 +110,9 @@ def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows
     """Symbols and colours at random; never all empty, and with two unlike cells if it has two."""
     colours = list(COLOURS)
     while True:
-        drawn = [(str(random.choice(colours)), str(random.choice(names)), random.random() < EMPTY)
-                 for _ in range(rows * columns)]
-        cells = tuple(None if empty else (colour, name) for colour, name, empty in drawn)
+        cells = tuple(None if random.random() < EMPTY else
+                      (str(random.choice(colours)), str(random.choice(names)))
+                      for _ in range(rows * columns))
         if len({None, *cells}) > 1 and (len(set(cells)) > 1 or rows * columns == 1):
             return Scene(cells, columns)
 

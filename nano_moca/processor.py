@@ -29,8 +29,7 @@ from nano_moca.config import Config, MocaError, read_json
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 MASK = "<|mask|>"
-VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|vision_pad|>",
-                 "<|video_pad|>", MASK)  # stand for nothing in a text, except within a mark
+HOMELESS = ("<|image_pad|>", "<|video_pad|>", MASK)  # mean nothing in a text outside a mark
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ImageLike = str | Path | bytes | Image.Image
 # what Pillow raises for files that are no images, cut short, or too large to be honest
@@ -205,7 +204,7 @@ class Processor:
         if marks != len(images):
             raise MocaError(f"{source}: {marks} image marks for {len(images)} images: write {MARK} "
                             "once for each image")
-        for token in (token for token in VISION_TOKENS if token in record.text.replace(MARK, "")):
+        for token in (token for token in HOMELESS if token in record.text.replace(MARK, "")):
             raise MocaError(f"{source}: {token} belongs to no image: remove it")
         try:
             ids = np.array(self.tokenizer.encode(record.text, add_special_tokens=False).ids)
