@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nano_moca.config import load_config
+from nano_moca.config import load_config, write_json
 from nano_moca.data import Draw, Records, TokenBatches
 from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import Corruption, corrupt, next_token
@@ -29,7 +29,7 @@ from nano_moca.trainer import (
     Log, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
     require_finite, run, save_checkpoint, save_model, shard, start, warmup_then_linear,
 )
-from nano_moca.weights import build, find_checkpoint, write_json
+from nano_moca.weights import build, find_checkpoint
 
 BASE = Path(__file__).parent / "nano_moca" / "base"
 REPORT_TOKENS = 8192  # of unseen records, for the report at the end

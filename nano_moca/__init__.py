@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,16 +46,15 @@ class Moca:
         if isinstance(items, str):
             raise MocaError("embed takes a list of items: write [text]")
         records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
-        vectors, waiting, tokens = [], [], 0
-        for number, record in enumerate(records):
-            waiting.append(self.processor.encode(record))
-            tokens += len(waiting[-1].tokens)
-            if tokens >= TOKENS_AT_ONCE or number + 1 == len(records):
-                batch = self.processor.pack(waiting).to(self.model.head.device)
-                causal = self.attention == "causal"
-                vectors.append(self.model.embed(batch, causal, self.pooling).cpu())
-                waiting, tokens = [], 0
-        return torch.cat(vectors) if vectors else torch.empty(0, self.model.config.width)
+        encoded = [self.processor.encode(record) for record in records]
+        ends = np.cumsum([len(item.tokens) for item in encoded]) // TOKENS_AT_ONCE
+        vectors = [torch.empty(0, self.model.config.width)]
+        for part in np.unique(ends):
+            items = [item for item, end in zip(encoded, ends, strict=True) if end == part]
+            batch = self.processor.pack(items).to(self.model.head.device)
+            causal = self.attention == "causal"
+            vectors.append(self.model.embed(batch, causal, self.pooling).cpu())
+        return torch.cat(vectors)
 
     def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
         """What a causal model says next, greedily, up to its end token or `steps` tokens."""

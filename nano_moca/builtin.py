@@ -38,11 +38,11 @@ from tokenizers import (
 )
 from torch import nn
 
-from nano_moca.config import MocaError, nano_config
+from nano_moca.config import MocaError, nano_config, write_json
 from nano_moca.model import VLM
 from nano_moca.processor import MARK, Record
 from nano_moca.trainer import parse_flags, run
-from nano_moca.weights import fresh_folder, replace_folder, save_weights, write_json
+from nano_moca.weights import fresh_folder, replace_folder, save_weights
 
 # A character and the one word of its Unicode name that tells it apart. The base knows every other
 # one.

@@ -76,13 +76,17 @@ def read_json(path: Path) -> dict:
     """One JSON object from a file; MocaError if it is absent, malformed or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MocaError(f"{path} does not exist: give the folder of a Qwen-VL checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise MocaError(f"{path} cannot be read as JSON ({error}): copy it again") from None
-    if not isinstance(content, dict):
-        raise MocaError(f"{path} holds no JSON object: copy it again")
-    return content
+        if isinstance(content, dict):
+            return content
+        error: object = "no JSON object"
+    except (OSError, ValueError) as caught:
+        error = getattr(caught, "strerror", None) or caught
+    raise MocaError(f"{path} cannot be read ({error}): give the folder of a Qwen-VL checkpoint")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """A JSON file a person can read."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_config(folder: Path) -> Config:

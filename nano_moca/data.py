@@ -52,7 +52,7 @@ class JsonLines(Sequence):
 
 
 class Parquet(Sequence):
-    """The rows of a parquet file, each with its place. The row groups last used stay in memory."""
+    """The rows of a parquet file, each with its place. Row groups last used stay in memory."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -142,12 +142,9 @@ class Draw:
 def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
     """Divide items into `parts` of nearly equal cost: the dearest first, each to the poorest."""
     shares: list[list[int]] = [[] for _ in range(parts)]
-    totals = [0] * parts
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        poorest = totals.index(min(totals))
-        shares[poorest].append(item)
-        totals[poorest] += costs[item]
-    return [sorted(share) for share in shares]
+        min(shares, key=lambda share: sum(costs[i] for i in share)).append(item)
+    return shares
 
 
 class TokenBatches:

@@ -49,15 +49,18 @@ def corrupt(batch: Batch, processor: Processor, text_rate: float, image_rate: fl
     groups = batch.patches.view(-1, processor.config.vision.group_values)  # [G_all, 4704]
     owners = torch.bucketize(batch.image_rows, batch.cu_seqlens[1:], right=True)  # [G_all] whose
     counts = torch.bincount(owners, minlength=len(keys)).tolist()
-    text_rolls, group_rolls, noise = [], [], []  # hidden where the roll is below the rate
-    for key, length, count in zip(keys, batch.lengths, counts, strict=True):
-        draw = np.random.default_rng(key)
-        text_rolls.append(draw.random(length, np.float32))
-        group_rolls.append(draw.random(count, np.float32))
-        hidden = int((group_rolls[-1] < image_rate).sum())
-        noise.append(draw.standard_normal((hidden, groups.shape[1]), np.float32))
     ordinary = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
-    hide_text = torch.from_numpy(np.concatenate(text_rolls) < text_rate) & ordinary  # [T]
+    words = [int(part.sum()) for part in ordinary.split(batch.lengths)]
+    text_rolls, group_rolls, noise = [], [], []  # hidden where the roll is below the rate
+    for key, word_count, group_count in zip(keys, words, counts, strict=True):
+        # two streams: the words hidden do not depend on the picture's size, nor the other way round
+        text, image = (np.random.default_rng((*key, stream)) for stream in (0, 1))
+        text_rolls.append(text.random(word_count, np.float32))
+        group_rolls.append(image.random(group_count, np.float32))
+        hidden = int((group_rolls[-1] < image_rate).sum())
+        noise.append(image.standard_normal((hidden, groups.shape[1]), np.float32))
+    hide_text = torch.zeros_like(ordinary)  # [T]
+    hide_text[ordinary] = torch.from_numpy(np.concatenate(text_rolls) < text_rate)
     hide_group = torch.from_numpy(np.concatenate(group_rolls) < image_rate)  # [G_all]
     seen = groups.clone()
     seen[hide_group] = torch.from_numpy(np.concatenate(noise))

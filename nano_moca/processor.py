@@ -11,7 +11,6 @@ token that belongs to no image, an empty text, an image that does not open. """
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from nano_moca.config import Config, MocaError, read_json
+from nano_moca.config import Config, MocaError, read_json, write_json
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 MASK = "<|mask|>"
@@ -125,18 +124,17 @@ class Processor:
         size = self.image.pop("size", None) or {}  # the limits of the area, in pixels
         self.min_pixels = image.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         self.max_pixels = image.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-        self.mean = np.array(image.get("image_mean", CLIP_MEAN), np.float32)
-        self.std = np.array(image.get("image_std", CLIP_STD), np.float32)
+        self.mean, self.std = (np.array(image.get(f"image_{name}", default), np.float32)
+                               for name, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
         # Ids come from the tokenizer, never from literals: they differ between checkpoints.
         self.mask_is_new = tokenizer.token_to_id(MASK) is None
         if self.mask_is_new:  # the first id after the last, where Qwen's embeddings have spare rows
             tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
         added = tokenizer.get_added_tokens_decoder()
         ids = {token.content: number for number, token in added.items()}
-        missing = {"<|vision_start|>", "<|image_pad|>", "<|vision_end|>"} - set(ids)
-        if missing:
-            raise MocaError(f"{where}: {min(missing)} is missing: take the checkpoint's own file")
-        self.image_token, self.mask_token = ids["<|image_pad|>"], ids[MASK]
+        self.image_token, self.mask_token = ids.get("<|image_pad|>"), ids[MASK]
+        if self.image_token is None or not {"<|vision_start|>", "<|vision_end|>"} <= ids.keys():
+            raise MocaError(f"{where} lacks the tokens of {MARK}: take the checkpoint's own file")
         if config.raw.get("image_token_id", self.image_token) != self.image_token:
             raise MocaError(f"{where}: <|image_pad|> is {self.image_token} and config.json says "
                             f"{config.raw['image_token_id']}: take both from one checkpoint")
@@ -149,11 +147,9 @@ class Processor:
              max_pixels: int | None = None) -> Processor:
         """Read tokenizer.json and preprocessor_config.json; the limits override the file's."""
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise MocaError(f"{path} does not exist: copy it from the checkpoint")
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for a malformed file
+        except Exception as error:  # the library raises plain Exception, for an absent file too
             raise MocaError(f"{path} cannot be read ({error}): copy it again") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -163,14 +159,12 @@ class Processor:
 
     def grid(self, image: Image.Image, source: str) -> tuple[int, int, int]:
         """Frames, rows and columns of patches that an image is resized to."""
-        vision = self.config.vision
-        factor = vision.patch * vision.merge
+        p, limits = self.config.vision.patch, (self.min_pixels, self.max_pixels)
         try:
-            height, width = smart_resize(
-                image.height, image.width, factor, self.min_pixels, self.max_pixels)
+            height, width = smart_resize(*image.size[::-1], p * self.config.vision.merge, *limits)
         except ValueError as error:
             raise MocaError(f"{source}: an image cannot be used, {error}: crop it") from None
-        return 1, height // vision.patch, width // vision.patch
+        return 1, height // p, width // p
 
     def patchify(self, image: Image.Image, source: str) -> np.ndarray:
         """An image as rows of normalised pixels, [P, 1176] float32.
@@ -216,8 +210,7 @@ class Processor:
         repeats[pads] = [math.prod(grid) // per_group for grid in grids]
         tokens = np.repeat(ids, repeats)
         if max_tokens and len(tokens) > max_tokens:
-            # one more than the last image token: its <|vision_end|> stays too
-            needed = np.flatnonzero(tokens == self.image_token)[-1] + 2 if images else 1
+            needed = np.flatnonzero(tokens == self.image_token).max(initial=-1) + 2  # their end mark
             if needed > max_tokens:
                 raise MocaError(f"{source}: its images need {needed} tokens of {max_tokens}: raise "
                                 "--max-tokens or lower the checkpoint's max_pixels")
@@ -265,11 +258,7 @@ class Processor:
         """tokenizer.json (with the mask token) and preprocessor_config.json."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
         vision = self.config.vision
-        image = self.image | {
-            "min_pixels": self.min_pixels, "max_pixels": self.max_pixels,
-            "image_mean": self.mean.tolist(), "image_std": self.std.tolist(),
-            "patch_size": vision.patch, "temporal_patch_size": vision.frames,
-            "merge_size": vision.merge, "image_processor_type": "Qwen2VLImageProcessor",
-        }
-        text = json.dumps(image, indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        write_json(folder / "preprocessor_config.json", self.image | dict(
+            min_pixels=self.min_pixels, max_pixels=self.max_pixels, patch_size=vision.patch,
+            image_mean=self.mean.tolist(), image_std=self.std.tolist(), merge_size=vision.merge,
+            temporal_patch_size=vision.frames, image_processor_type="Qwen2VLImageProcessor"))

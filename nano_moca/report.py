@@ -110,7 +110,8 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, len(items), figsize=(2.1 * len(items), 8), squeeze=False)
+    figure, axes = plt.subplots(
+        3, len(items), figsize=(2.1 * len(items), 8), squeeze=False, layout="tight")
     for column, (number, item) in enumerate(items):
         batch = processor.pack([item])
         corruption = corrupt(batch, processor, text_rate, image_rate, [(seed, number)])
@@ -134,7 +135,6 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], ("hidden", "restored", "original"), strict=True):
         axis.set_ylabel(name)
-    figure.tight_layout()
     if world.main:
         figure.savefig(path, dpi=110)
     plt.close(figure)

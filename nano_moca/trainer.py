@@ -96,13 +96,12 @@ class World:
 
 def start(device: str | None, dtype: str | None) -> World:
     """Join the process group if torchrun made one; choose device and dtype."""
-    rank, size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in
-        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")  # torchrun sets them
+    rank, size, local_rank = (int(os.environ.get(*name)) for name in names)
     place, compute, backend = torch.device("cpu"), "float32", "gloo"
-    if device == "cuda" or (device is None and torch.cuda.is_available()):
-        if not torch.cuda.is_available():
-            raise MocaError("--device cuda: no CUDA device is visible: use --device cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MocaError("--device cuda: no CUDA device is visible: use --device cpu")
+    if device != "cpu" and torch.cuda.is_available():
         place, compute, backend = torch.device("cuda", local_rank), "bfloat16", "nccl"
         torch.cuda.set_device(place)
     world = World(rank, size, place, getattr(torch, dtype or compute))
@@ -144,8 +143,7 @@ def require_finite(step: int, values: dict[str, float], sources: list[str]) -> N
     for name, value in values.items():
         if not math.isfinite(value):
             raise MocaError(f"step {step}: the {name} is {value}; the weights keep their last good "
-                            f"state. Lower --learning-rate, or look at this rank's records: "
-                            f"{', '.join(sources)}")
+                            f"state. Lower --learning-rate, or look at {', '.join(sources)}")
 
 
 def prefetch(make: Callable[[], Any]) -> Iterator[Any]:
@@ -166,12 +164,10 @@ def local(tensor: Tensor) -> Tensor:
 def save_checkpoint(folder: Path, world: World, model: nn.Module,
                     optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write the resumable state beside the old one, each rank its own part, then rename."""
-    mine = {
-        "parameters": [local(p.detach()) for p in model.parameters()],
-        "moments": [{key: local(value) for key, value in optimizer.state[p].items()}
-                    for p in model.parameters()],
-        "state": state,
-    }
+    parameters = list(model.parameters())
+    moments = [{key: local(value) for key, value in optimizer.state[p].items()} for p in parameters]
+    mine = {"parameters": [local(p.detach()) for p in parameters], "moments": moments,
+            "state": state}
     if world.main:
         fresh_folder(folder)
     world.total()
@@ -249,8 +245,8 @@ class Log:
         """Log one step."""
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
-        shown = {key: f"{line[key]:.4g}" for key in line if "loss" in key or key == "accuracy"}
-        self.bar.set_postfix(shown, refresh=False)
+        shown = [f"{key} {line[key]:.4g}" for key in line if "loss" in key or key == "accuracy"]
+        self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
 
 
@@ -261,16 +257,14 @@ def plot_losses(path: Path, lines: list[dict], names: list[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False, layout="tight")
     steps, window = [line["step"] for line in lines], max(1, len(lines) // 20)
     for axis, name in zip(axes[0], names, strict=True):
         values = torch.tensor([line[name] for line in lines])
         axis.plot(steps, values, color="#c9d3e6", linewidth=0.8)
-        smooth = values.unfold(0, window, 1).mean(1)
-        axis.plot(steps[window - 1 :], smooth, color="#1f4e9c", linewidth=1.8)
+        axis.plot(steps[window - 1 :], values.unfold(0, window, 1).mean(1), color="#1f4e9c")
         axis.set(xlabel="step", title=name.replace("_", " "), ylim=(0, None))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -140,12 +140,8 @@ def image_layout(
     if not config.window:
         return positions, groups.flatten(), (rows * columns,) * frames
     side = config.window // (config.patch * m)  # groups along a window; the last may be narrower
-    windows = [
-        groups[frame, top : top + side, left : left + side].flatten()
-        for frame in range(frames)
-        for top in range(0, rows // m, side)
-        for left in range(0, columns // m, side)
-    ]
+    windows = [band.flatten() for frame in groups for rows_ in frame.split(side)
+               for band in rows_.split(side, dim=1)]
     return positions, torch.cat(windows), tuple(len(window) * m * m for window in windows)
 
 

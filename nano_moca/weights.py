@@ -28,7 +28,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download  # arrives 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nano_moca.config import Config, MocaError, read_json
+from nano_moca.config import Config, MocaError, read_json, write_json
 from nano_moca.model import VLM, fill
 
 LAYOUTS = (  # how a stored name begins, how ours does; the first that fits counts
@@ -213,11 +213,6 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config) -> No
     raw = json.loads(json.dumps(config.raw))
     (raw.get("text_config") or raw)["vocab_size"] = config.vocabulary
     write_json(folder / "config.json", raw | {"tie_word_embeddings": config.tied})
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A JSON file a person can read."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def stored_dtype(config: Config) -> torch.dtype:

@@ -1,0 +1,61 @@
+"""Draw the pictures that the README shows: `python notebooks/figures.py`, from the repository's root.
+
+captions.png       what the nano base says to unseen scenes, and how often it is right
+reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt, with its losses
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import nano_moca
+from nano_moca.builtin import KNOWN, NAMES, SPLITS, random_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "notebooks" / "figures"
+
+
+def caption_scores(moca: nano_moca.Moca, names: tuple[str, ...], count: int = 500) -> dict:
+    """How the model captions unseen 2 x 2 scenes of these symbols: shares of words and of captions."""
+    random = np.random.default_rng((0, SPLITS["test"], len(names)))
+    scenes = [random_scene(random, names) for _ in range(count)]
+    said = moca.caption([{"text": nano_moca.MARK, "images": [scene.image()]} for scene in scenes], 20)
+    pairs = [(answer.split(), scene.caption().split()) for answer, scene in zip(said, scenes)]
+    words = [sum(a == b for a, b in zip(answer, truth)) / len(truth) for answer, truth in pairs]
+    return {"words": float(np.mean(words)), "captions": float(np.mean([a == b for a, b in pairs])),
+            "examples": list(zip(scenes, said))}
+
+
+def draw_captions() -> None:
+    """Two rows of scenes: of the symbols the base knows, and of all; wrong words in red."""
+    moca = nano_moca.load(ROOT / "nano_moca" / "base", "cpu")
+    figure, axes = plt.subplots(2, 6, figsize=(12, 5.6))
+    for row, (names, title) in zip(axes, ((KNOWN, "known symbols"), (NAMES, "all symbols"))):
+        scores = caption_scores(moca, names)
+        print(f"{title}: {scores['words']:.1%} of words, {scores['captions']:.1%} of captions right")
+        for axis, (scene, said) in zip(row, scores["examples"]):
+            axis.imshow(scene.image())
+            axis.set(xticks=[], yticks=[])
+            truth = scene.caption().split(", ")
+            for line, part in enumerate(said.split(", ")):
+                right = line < len(truth) and part == truth[line]
+                axis.text(0.0, -0.06 - 0.12 * line, part, color="#222222" if right else "#d02020",
+                          transform=axis.transAxes, va="top", fontsize=9)
+        row[0].set_ylabel(f"{title}\n{scores['words']:.0%} of words right", fontsize=9)
+    figure.subplots_adjust(left=0.06, right=0.99, top=0.99, bottom=0.14, hspace=0.6, wspace=0.12)
+    figure.savefig(FIGURES / "captions.png", dpi=110)
+
+
+if __name__ == "__main__":
+    draw_captions()
+    for name in ("reconstruction.png", "loss.png"):
+        shutil.copy(ROOT / "runs" / "cpt" / name, FIGURES / name)
