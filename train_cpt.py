@@ -10,7 +10,6 @@ minutes on a laptop. `--objective next-token` is the control: the same data unde
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -91,23 +90,21 @@ def exercises(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption
 def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
            batches: TokenBatches, log: Log) -> None:
     """Draw the pictures and say what was learned, on the records that would have come next."""
-    output, scores = Path(flags.output), {}
-    tenth = max(1, len(log.lines) // 10)
+    output, lines, scores = Path(flags.output), log.lines, {}
+    tenth = max(1, len(lines) // 10)
     for name in ("mlm_loss", "mae_loss"):
-        for when, lines in (("first", log.lines[:tenth]), ("last", log.lines[-tenth:])):
-            scores[f"{name}, {when} tenth"] = sum(line[name] for line in lines) / len(lines)
+        for when, part in (("first", lines[:tenth]), ("last", lines[-tenth:])):
+            scores[f"{name}, {when} tenth"] = sum(line[name] for line in part) / tenth
     # every rank looks at the same records
     batches.rank, batches.world, batches.accumulate, batches.budget = 0, 1, 1, REPORT_TOKENS
     items = [item for item in next(batches).parts[0] if item[1].grids]
     if items and flags.objective == "restore":
-        rates = flags.text_mask, flags.image_mask
-        scores |= cross_modal_report(model, processor, items, *rates, flags.seed, world)
+        chosen = flags.text_mask, flags.image_mask, flags.seed, world
+        scores |= cross_modal_report(model, processor, items, *chosen)
         shown = [item for item in items if len(item[1].grids) == 1][:8]
-        plot_restorations(
-            output / "reconstruction.png", model, processor, shown, *rates, flags.seed, world)
+        plot_restorations(output / "reconstruction.png", model, processor, shown, *chosen)
     if world.main:
-        plot_losses(output / "loss.png", log.lines, ["loss", "mlm_loss", "mae_loss"])
-        scores = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
         write_json(output / "scores.json", scores)
         for name, value in scores.items():
             print(f"{name:>42s}  " + ("nothing was hidden" if value is None else f"{value:.3f}"))

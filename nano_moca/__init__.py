@@ -23,7 +23,7 @@ from nano_moca.model import VLM
 from nano_moca.processor import MARK, Processor, Record
 from nano_moca.weights import build, find_checkpoint, stored_dtype
 
-__all__ = ["MARK", "Moca", "MocaError", "Record", "load"]
+__all__ = ["MARK", "Moca", "MocaError", "Record", "as_record", "load"]
 TOKENS_AT_ONCE = 8192  # a forward pass's budget: items are packed up to it
 
 
@@ -92,6 +92,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
                         "use bidirectional or causal, mean or last")
     folder = find_checkpoint(path_or_hub_id)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MocaError(f"no CUDA device is visible for {device}: use cpu")
     config = load_config(folder)
     processor = Processor.load(folder, config, min_pixels, max_pixels)
     dtype = dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32)

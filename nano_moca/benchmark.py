@@ -29,7 +29,7 @@ from nano_moca.processor import Batch, Processor
 from nano_moca.trainer import flag, parse_flags, run
 from nano_moca.weights import save_weights
 
-BATCHES = 4  # of each mix
+BATCHES = 2  # of each mix
 KINDS = {"matrix products": "mm", "attention": "attention", "gather": "index", "elementwise": ""}
 Engine = Callable[[Batch], Tensor]  # a packed batch -> hidden states [T, D]
 
@@ -40,7 +40,7 @@ class Flags:
 
     width: int = flag(512, "of the decoder, a multiple of 128; the vision tower has half", low=128)
     layers: int = flag(4, "of the decoder, and as many blocks of the vision tower", low=1)
-    records: int = flag(32, "in a batch", low=1)
+    records: int = flag(64, "in a batch: about a step of train_cpt.py", low=1)
     repeats: int = flag(3, "of each measurement; the median counts", low=1)
     threads: int = flag(1, "on the CPU", low=1)
     device: str = flag("cpu", "where to run", choices=("cpu", "cuda"))

@@ -108,10 +108,10 @@ class Scene:
 def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows: int = 2,
                  columns: int = 2) -> Scene:
     """Symbols and colours at random; never all empty, and with two unlike cells if it has two."""
-    colours = list(COLOURS)
+    colours = tuple(COLOURS)
     while True:
         cells = tuple(None if random.random() < EMPTY else
-                      (str(random.choice(colours)), str(random.choice(names)))
+                      (colours[random.integers(len(colours))], names[random.integers(len(names))])
                       for _ in range(rows * columns))
         if len({None, *cells}) > 1 and (len(set(cells)) > 1 or rows * columns == 1):
             return Scene(cells, columns)

@@ -46,11 +46,11 @@ class Record:
 
 @dataclass
 class Encoded:
-    """One record as tokens; its images are opened, but decoded only when it is packed."""
+    """One record as tokens; its images were looked at, but are decoded only when it is packed."""
 
     tokens: np.ndarray  # [L] int64
     positions: np.ndarray  # [3, L] int64: frame, row, column
-    images: list[Image.Image]
+    images: list[ImageLike]  # as given: a process may hold only so many open files
     grids: list[tuple[int, int, int]]  # (frames, rows, columns) of patches of each image
     source: str
 
@@ -124,6 +124,9 @@ class Processor:
         size = self.image.pop("size", None) or {}  # the limits of the area, in pixels
         self.min_pixels = image.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         self.max_pixels = image.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise MocaError(f"min_pixels {self.min_pixels} must be above 0 and at most max_pixels, "
+                            f"{self.max_pixels}: correct preprocessor_config.json or the flags")
         self.mean, self.std = (np.array(image.get(f"image_{name}", default), np.float32)
                                for name, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
         # Ids come from the tokenizer, never from literals: they differ between checkpoints.
@@ -166,15 +169,15 @@ class Processor:
             raise MocaError(f"{source}: an image cannot be used, {error}: crop it") from None
         return 1, height // p, width // p
 
-    def patchify(self, image: Image.Image, source: str) -> np.ndarray:
+    def patchify(self, image: ImageLike, source: str) -> np.ndarray:
         """An image as rows of normalised pixels, [P, 1176] float32.
 
         Rows go by 2x2 groups; a row is channel, frame, y, x. Pixels: (value / 255 - mean) / std.
         """
         p, m, frames = self.config.vision.patch, self.config.vision.merge, self.config.vision.frames
+        image = open_image(image, source, decode=True)
         _, rows, columns = self.grid(image, source)
-        image = open_image(image, source, decode=True).convert("RGB")
-        image = image.resize((columns * p, rows * p), Image.Resampling.BICUBIC)
+        image = image.convert("RGB").resize((columns * p, rows * p), Image.Resampling.BICUBIC)
         values = np.asarray(image, np.float32) / np.float32(255)  # [height, width, 3]
         cut = ((values - self.mean) / self.std).reshape(rows // m, m, p, columns // m, m, p, 3)
         cut = cut.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows/2, columns/2, 2, 2, channel, y, x]
@@ -210,12 +213,12 @@ class Processor:
         repeats[pads] = [math.prod(grid) // per_group for grid in grids]
         tokens = np.repeat(ids, repeats)
         if max_tokens and len(tokens) > max_tokens:
-            needed = np.flatnonzero(tokens == self.image_token).max(initial=-1) + 2  # their end mark
+            needed = np.flatnonzero(tokens == self.image_token).max(initial=-1) + 2  # and end mark
             if needed > max_tokens:
                 raise MocaError(f"{source}: its images need {needed} tokens of {max_tokens}: raise "
                                 "--max-tokens or lower the checkpoint's max_pixels")
             tokens = tokens[:max_tokens]
-        return Encoded(tokens, self._positions(tokens, grids), images, grids, source)
+        return Encoded(tokens, self._positions(tokens, grids), record.images, grids, source)
 
     def _positions(self, tokens: np.ndarray, grids: list[tuple[int, int, int]]) -> np.ndarray:
         """M-RoPE: text advances all three axes together; an image spans its grid of merged groups.

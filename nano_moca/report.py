@@ -37,10 +37,10 @@ def restore(model: Restorer, corruption: Corruption, world: World) -> tuple[Tens
 
 
 def cross_modal_report(model: Restorer, processor: Processor, items: Items, text_rate: float,
-                       image_rate: float, seed: int, world: World) -> dict[str, float]:
+                       image_rate: float, seed: int, world: World) -> dict[str, float | None]:
     """Shares of hidden words restored, and squared errors of hidden patch groups, by condition.
 
-    items: records that hold an image and words. A figure is NaN where nothing was hidden.
+    items: records that hold an image and words. A figure is None where nothing was hidden.
     """
     keys = [(seed, number) for number, _ in items]
     batch = processor.pack([item for _, item in items])
@@ -48,15 +48,16 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, text
     wordless = processor.pack([only(item, special, words=False) for _, item in items])
     pictureless = processor.pack([only(item, special, words=True) for _, item in items])
 
-    def words(batch: Batch) -> float:
-        corruption = corrupt(batch, processor, text_rate, 0.0, keys)
-        tokens, _ = restore(model, corruption, world)
-        return float((tokens == corruption.labels).float().mean())
+    def mean(values: Tensor) -> float | None:
+        return float(values.float().mean()) if len(values) else None
 
-    def patches(batch: Batch, text_rate: float) -> float:
+    def words(batch: Batch) -> float | None:
+        corruption = corrupt(batch, processor, text_rate, 0.0, keys)
+        return mean(restore(model, corruption, world)[0] == corruption.labels)
+
+    def patches(batch: Batch, text_rate: float) -> float | None:
         corruption = corrupt(batch, processor, text_rate, image_rate, keys)
-        _, pixels = restore(model, corruption, world)
-        return float((pixels - corruption.target).square().mean())
+        return mean((restore(model, corruption, world)[1] - corruption.target).square())
 
     target = corrupt(batch, processor, 0.0, image_rate, keys).target  # [G, 4704]
     return {
@@ -66,7 +67,7 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, text
         "patch error, words in clear": patches(batch, 0.0),
         "patch error, words hidden as in training": patches(batch, text_rate),
         "patch error, no words": patches(wordless, 0.0),
-        "patch error, best constant": float((target - target.mean(0)).square().mean()),
+        "patch error, best constant": mean((target - target.mean(0)).square()),
     }
 
 

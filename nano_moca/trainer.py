@@ -279,8 +279,8 @@ def run(main: Callable[[], object]) -> None:
     except MocaError as error:
         message = str(error)
     except OSError as error:  # a full disk, a folder without permission
-        message = f"{error.filename or 'writing'}: {error.strerror or error}: mend it and --resume"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}: mend it and run again"
     except KeyboardInterrupt:
-        message = "interrupted: go on with --resume"
+        message = "interrupted"
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)  # at once: other ranks may be waiting inside a collective

@@ -1,4 +1,5 @@
-"""Draw the pictures that the README shows: `python notebooks/figures.py`, from the repository's root.
+"""Draw the pictures that the README shows: `python notebooks/figures.py`, from the repository's
+root.
 
 captions.png       what the nano base says to unseen scenes, and how often it is right
 reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt, with its losses
@@ -24,11 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "notebooks" / "figures"
 
 
-def caption_scores(moca: nano_moca.Moca, names: tuple[str, ...], count: int = 500) -> dict:
-    """How the model captions unseen 2 x 2 scenes of these symbols: shares of words and of captions."""
+def caption_scores(
+    moca: nano_moca.Moca, names: tuple[str, ...], count: int = 500
+) -> dict:
+    """How the model captions unseen 2 x 2 scenes of these symbols: shares of words and of
+    captions."""
     random = np.random.default_rng((0, SPLITS["test"], len(names)))
     scenes = [random_scene(random, names) for _ in range(count)]
-    said = moca.caption([{"text": nano_moca.MARK, "images": [scene.image()]} for scene in scenes], 20)
+    items = [{"text": nano_moca.MARK, "images": [scene.image()]} for scene in scenes]
+    said = moca.caption(items, 20)
     pairs = [(answer.split(), scene.caption().split()) for answer, scene in zip(said, scenes)]
     words = [sum(a == b for a, b in zip(answer, truth)) / len(truth) for answer, truth in pairs]
     return {"words": float(np.mean(words)), "captions": float(np.mean([a == b for a, b in pairs])),
