@@ -1,12 +1,12 @@
-"""nano_moca: how a generative vision-language model becomes a bidirectional multimodal embedding
-model.
+"""nano_moca: how a generative vision-language model becomes a bidirectional multimodal encoder.
 
     import nano_moca
     moca = nano_moca.load("path or hub id")
-    vectors = moca.embed(["a cat", {"text": "...", "images": [image]}])
+    vectors = moca.embed(["a cat", {"text": nano_moca.MARK + "a photo", "images": [image]}])
 
 Reading order: config, attention, vision, language, model, weights, processor, masking, kernels,
-losses, data, trainer, and then the training loops train_cpt.py and train_cl.py. """
+losses, data, trainer, report, and then the training loop in train_cpt.py.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Moca:
 
         An item is a text, or {"text": ..., "images": [paths, bytes or PIL images]} with one mark
         `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot
-        be used. """
+        be used.
+        """
         if isinstance(items, str):
             raise MocaError("embed takes a list of items: write [text]")
         records = [as_record(item, f"item {number}") for number, item in enumerate(items)]

@@ -15,7 +15,8 @@ Three paths compute the same function:
 - `varlen_attention`: PyTorch's variable-length flash kernel, for half precision on CUDA.
 
 What is left out: key-value caches, sliding windows, dropout. Captions are short here, so decoding
-recomputes. """
+recomputes.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Two families are known: Qwen2-VL and Qwen2.5-VL. Their decoders are the same; th
 differ in norm, MLP and windows. A `config.json` comes in two forms: flat (the hub's checkpoints,
 transformers up to 4.51) and with a nested `text_config` (4.52 and later). Both are read into the
 two small dataclasses below, and whatever this code does not implement (sliding windows, other
-activations) is refused instead of ignored. """
+activations) is refused instead of ignored.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ fields,
 from one file or a folder of files, or the embedded default ("builtin"). A step's batch is a token
 budget over all ranks. Every rank draws the same records in the same order from the seed, then takes
 its share by cost, so the number of ranks changes nothing but the speed. Records that cannot be used
-stop the run, or are counted and listed. """
+stop the run, or are counted and listed.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +145,7 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
     shares: list[list[int]] = [[] for _ in range(parts)]
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
         min(shares, key=lambda share: sum(costs[i] for i in share)).append(item)
-    return shares
+    return [sorted(share) for share in shares]
 
 
 class TokenBatches:

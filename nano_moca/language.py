@@ -4,7 +4,8 @@ It came as a causal language model. Every layer takes `causal` as an argument: w
 weights form the bidirectional encoder that MoCa trains. Nothing else changes.
 
 Positions are triples (frame, row, column). For text the three are equal, so M-RoPE is ordinary
-rotary embedding; an image token carries its place in the grid. """
+rotary embedding; an image token carries its place in the grid.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def mrope_angles(positions: Tensor, config: Config) -> Tensor:
     """positions [3, T] -> angles [T, d/2] float32: each frequency turns with one of the three axes.
 
     The sections say how many of the d/2 frequencies, the fastest first, follow frame, row and
-    column. """
+    column.
+    """
     frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)
     sections = zip(positions, frequencies.split(config.rope_sections), strict=True)
     return torch.cat([axis[:, None] * turning for axis, turning in sections], dim=-1)  # [T, d/2]

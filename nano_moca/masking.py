@@ -2,13 +2,15 @@
 
 MoCa, section 3.1: each text token is hidden with probability 0.4 by a mask token, each merged 2x2
 group of patches with probability 0.5 by Gaussian noise in place of its pixels, *before* the vision
-tower: no feature of a hidden group leaks. What is hidden follows from a key per record (seed, step,
-index), never from a global generator: the same record loses the same tokens whatever it is packed
-with, on whichever rank, and after a resume. (The released code draws from the global generator, and
-one noise vector of 1176 values a batch for all hidden patches; here each has its own.)
+tower: no feature of a hidden group leaks. What is hidden follows from a key per record (seed,
+number in the run), never from a global generator: the same record loses the same tokens whatever it
+is packed with, on whichever rank, and after a resume. (The released code draws from the global
+generator, and one noise vector of 1176 values a batch for all hidden patches; here each has its
+own.)
 
 `next_token` makes the causal exercise in the same form, with nothing hidden: it trains the nano
-base, and it is the control that tells the worth of restoring from the worth of more data. """
+base, and it is the control that tells the worth of restoring from the worth of more data.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def corrupt(batch: Batch, processor: Processor, text_rate: float, image_rate: fl
     """Hide each text token with probability `text_rate`, each patch group with `image_rate`.
 
     keys: one tuple of integers a record, the seed of its draws. Special tokens and image tokens are
-    never hidden as text. A record may lose nothing: a loss over nothing is zero. """
+    never hidden as text. A record may lose nothing: a loss over nothing is zero.
+    """
     groups = batch.patches.view(-1, processor.config.vision.group_values)  # [G_all, 4704]
     owners = torch.bucketize(batch.image_rows, batch.cu_seqlens[1:], right=True)  # [G_all] whose
     counts = torch.bincount(owners, minlength=len(keys)).tolist()

@@ -145,7 +145,8 @@ class Restorer(nn.Module):
     """Stage 1: the model and its MAE decoder, with the loss computed inside `forward`.
 
     Inside, because FSDP holds the embedding (and so a tied head) whole only while the root's
-    forward runs. """
+    forward runs.
+    """
 
     def __init__(self, vlm: VLM) -> None:
         super().__init__()

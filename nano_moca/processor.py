@@ -6,7 +6,8 @@ patches; `pack` lays encoded records end to end into a `Batch`. There is no padd
 dimension.
 
 Everything the model could get wrong silently is refused here: a mark without its image, a vision
-token that belongs to no image, an empty text, an image that does not open. """
+token that belongs to no image, an empty text, an image that does not open.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Plain functions; the loops themselves stand in train_cpt.py and train_cl.py. The precision policy,
 in one place: master weights, gradients and optimiser state are float32; matrix products run in
 `--dtype` (bfloat16 on CUDA); norms, softmax, similarities and losses are float32 whatever the
-dtype. """
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from tqdm import tqdm
 from nano_moca.config import MocaError
 from nano_moca.model import VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import find_folder, fresh_folder, replace_folder, save_weights, stored_dtype
+from nano_moca.weights import (
+    find_folder, fresh_folder, replace_folder, save_weights, stored_dtype, writing,
+)
 
 Flags = TypeVar("Flags")
 
@@ -171,7 +174,8 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
     if world.main:
         fresh_folder(folder)
     world.total()
-    torch.save(mine, folder.with_name(folder.name + ".new") / f"rank-{world.rank:05d}.pt")
+    with writing(folder):
+        torch.save(mine, folder.with_name(folder.name + ".new") / f"rank-{world.rank:05d}.pt")
     world.total()
     if world.main:
         replace_folder(folder)
@@ -219,10 +223,11 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor) -> No
         if world.main:
             tensors[name] = tensor.to("cpu", dtype)
     if world.main:
-        fresh = fresh_folder(folder)
-        save_weights(fresh, tensors, vlm.config)
-        processor.save(fresh)
-        replace_folder(folder)
+        with writing(folder):
+            fresh = fresh_folder(folder)
+            save_weights(fresh, tensors, vlm.config)
+            processor.save(fresh)
+            replace_folder(folder)
     world.total()
 
 

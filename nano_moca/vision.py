@@ -130,7 +130,8 @@ def image_layout(
 
     Returns positions [P, 2] (row and column of each patch, in the order by groups); order [P/4]
     (the groups, window after window); and the number of patches in each window. Without windows the
-    order is the identity. """
+    order is the identity.
+    """
     frames, rows, columns = grid
     m = config.merge
     cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # [rows * columns, 2]

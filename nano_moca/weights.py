@@ -12,7 +12,8 @@ Every tensor that the model needs must be there once, in its shape, and nothing 
 missing key that goes unnoticed is a model that computes nonsense with confidence (transformers 5
 loads MoCa's own checkpoints so). Tensors are read one at a time, so that memory never holds the
 weights twice, and each rank of a sharded model keeps its part. We save in the first layout, which
-every reader knows. """
+every reader knows.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -169,6 +171,16 @@ def build(folder: Path, config: Config, device: torch.device | str, dtype: torch
     whole.to_empty(device=device)
     load_weights(model, folder, mask_row)
     return whole
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Whatever a library raises when the disk is full or read-only becomes one line."""
+    try:
+        yield
+    except Exception as error:  # OSError, RuntimeError, SafetensorError, tokenizers' Exception
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise MocaError(f"{folder} cannot be written ({reason}): make room on the disk") from None
 
 
 def find_folder(folder: Path) -> Path:

@@ -46,7 +46,8 @@ def draw_captions() -> None:
     figure, axes = plt.subplots(2, 6, figsize=(12, 5.6))
     for row, (names, title) in zip(axes, ((KNOWN, "known symbols"), (NAMES, "all symbols"))):
         scores = caption_scores(moca, names)
-        print(f"{title}: {scores['words']:.1%} of words, {scores['captions']:.1%} of captions right")
+        words, whole = scores["words"], scores["captions"]
+        print(f"{title}: {words:.1%} of words, {whole:.1%} of captions right")
         for axis, (scene, said) in zip(row, scores["examples"]):
             axis.imshow(scene.image())
             axis.set(xticks=[], yticks=[])

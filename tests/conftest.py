@@ -7,16 +7,20 @@ newer key layout is made from the older one here, so that the repository carries
 import json
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nano_moca
-from nano_moca import Moca, Record
+from nano_moca import MARK, Moca, Record
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
@@ -63,6 +67,44 @@ def newer_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weight_map |= dict.fromkeys(keys, shard)
     (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return target
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 1's data in small: twelve records, four of them text alone, the rest with a picture."""
+    folder, random = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
+    records = []
+    for number in range(12):
+        if number % 3 == 2:
+            text = f"Words alone, number {number}: a quick brown fox jumps over the lazy dog."
+            records.append({"text": text})
+            continue
+        sides = ((56, 56), (84, 56), (112, 84), (56, 112))[number % 4]
+        pixels = random.integers(0, 255, (*sides, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        text = f"{MARK} picture {number} of noise, in all colours"
+        records.append({"text": text, "images": [f"{number}.png"]})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "data.jsonl").write_text(lines, encoding="utf-8")
+    return folder / "data.jsonl"
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager]:
+    """`with full_disk(size):` no file of this process can grow beyond `size` bytes: writing more
+    fails as it does on a full disk, with another number."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 def newer_name(key: str) -> str:

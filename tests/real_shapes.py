@@ -4,7 +4,8 @@
 
 Not part of the test suite. Writes bfloat16 weights into FOLDER, once as one file and once in shards
 of 5 GB, loads each in a process of its own, embeds one image of 1024 patches with a few words, and
-prints seconds and peak memory as a multiple of the weights' size. """
+prints seconds and peak memory as a multiple of the weights' size.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def main(folder: Path) -> None:
         run = subprocess.run([sys.executable, __file__, "--use", str(folder / "model")],
                              capture_output=True, text=True, check=True)
         took = json.loads(run.stdout)
-        print(f"{layout} ({files}): {size / 1e9:.2f} GB of weights; loading {took['load_s']:.0f} s, "
+        print(f"{layout} ({files}): {size / 1e9:.2f} GB; loading {took['load_s']:.0f} s, "
               f"peak {took['load_peak_kb'] * 1024 / size:.2f} x their size (of which imports "
               f"{took['imports_kb'] * 1024 / size:.2f}); embedding a 1024-patch image "
               f"{took['embed_s']:.0f} s, peak {took['peak_kb'] * 1024 / size:.2f} x", flush=True)

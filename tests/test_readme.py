@@ -1,0 +1,85 @@
+"""The README is true: its line counts, files, flags, pictures and commands."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import train_cpt
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# not on the road that training runs on
+BESIDE = {"builtin.py", "evaluate.py", "benchmark.py", "ablate.py"}
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: not blank, no comment, no docstring."""
+    source = path.read_text(encoding="utf-8")
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+             tokenize.ENDMARKER}
+    lines = {line for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type not in blank for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def road_files() -> list[Path]:
+    """What stage 1 runs on."""
+    package = sorted(path for path in (ROOT / "nano_moca").glob("*.py") if path.name not in BESIDE)
+    return [ROOT / "train_cpt.py", *package]
+
+
+def test_the_first_sentence_counts_right() -> None:
+    """Its number of files and of lines."""
+    files, lines = re.search(r"the (\d+) files .*? are ([\d,]+)\s+lines", README, re.S).groups()
+    assert int(files) == len(road_files()) - 1
+    assert int(lines.replace(",", "")) == sum(map(code_lines, road_files()))
+
+
+def test_the_table_lists_every_file_with_its_lines() -> None:
+    """A row a file, in the order in which they import each other."""
+    rows = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M))
+    paths = [ROOT / "train_cpt.py", *(ROOT / "nano_moca").glob("*.py")]
+    assert {name: int(count) for name, count in rows.items()} == {
+        str(path.relative_to(ROOT)): code_lines(path) for path in paths}
+
+
+def test_files_import_only_from_files_above() -> None:
+    """The reading order is an order: no file of the table needs one that stands below it."""
+    order = re.findall(r"^\| `nano_moca/(\w+)\.py` \|", README, re.M)
+    for name in order:
+        source = (ROOT / "nano_moca" / f"{name}.py").read_text(encoding="utf-8")
+        source = source.replace("if TYPE_CHECKING:", "\0").split("\0")[0]  # annotations only
+        for needed in re.findall(r"^from nano_moca\.(\w+) import", source, re.M):
+            assert order.index(needed) < order.index(name), f"{name} imports {needed}"
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
+def test_links_and_pictures_exist(link: str) -> None:
+    """Every relative link leads to a file."""
+    assert (ROOT / link).exists()
+
+
+def test_flags_exist() -> None:
+    """Every --flag that the README names is one of train_cpt.py's or of a tool it names."""
+    known = {"--" + field.name.replace("_", "-") for field in fields(train_cpt.Flags)}
+    known |= {"--help", "--nproc_per_node", "--input"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
+
+
+def test_no_line_is_too_long() -> None:
+    """At most 100 characters a line of code."""
+    for path in [*road_files(), *(ROOT / "tests").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
+        assert not long, f"{path}: lines {long}"

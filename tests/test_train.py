@@ -1,0 +1,594 @@
+"""Stage 1 from the outside: what a run of train_cpt.py writes, repeats, survives and refuses.
+
+Most runs are the command's own lines in a process forked from a server that has imported torch
+once; one run on one rank and one on two go through the real command line.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import nano_moca
+import train_cpt
+from nano_moca import MARK, MocaError
+
+SCRIPT = Path(train_cpt.__file__)
+FIGURES = ("loss", "mlm_loss", "mae_loss", "lr", "grad_norm", "tokens")  # of a step, but for speed
+STEPS, REPORT_TOKENS = 6, 150
+PATIENCE = 120  # seconds until a run counts as hanging
+
+
+def child(words: list[str], said: Path, environment: dict[str, str], file_size: int | None) -> None:
+    """In a forked process: what `python train_cpt.py WORDS` does, with a smaller last report."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [str(SCRIPT), *words]
+    if file_size is not None:  # no file may grow beyond it: as on a full disk
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if words[:1] == ["--help"]:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    train_cpt.REPORT_TOKENS = REPORT_TOKENS
+    train_cpt.run(lambda: train_cpt.train(train_cpt.parse_flags(train_cpt.Flags, None, "")))
+
+
+@dataclass
+class Job:
+    """A run under way: its ranks' processes, and the file that their output goes to."""
+
+    ranks: list[multiprocessing.process.BaseProcess]
+    said: Path
+
+    def wait(self) -> int:
+        """The exit code; as torchrun does, the other ranks are killed when one fails."""
+        end = time.monotonic() + PATIENCE
+        while (codes := [rank.exitcode for rank in self.ranks]) and None in codes:
+            if any(codes) or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        self.kill()
+        assert any(codes) or None not in codes, f"hangs after: {self.output}"
+        return next((code for code in codes if code), 0)
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+
+    @property
+    def output(self) -> str:
+        """Standard output and error so far."""
+        return self.said.read_text() if self.said.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def launch(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Job]]:
+    """Start a run: launch(output, *flags, ranks=, file_size=)."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "matplotlib.pyplot"])
+    folder, jobs = tmp_path_factory.mktemp("said"), []
+
+    def launch(output: Path | str, *flags: str | Path, ranks: int = 1,
+               file_size: int | None = None) -> Job:
+        said, processes = folder / str(len(jobs)), []
+        words = [*defaults(golden, output), *map(str, flags)]
+        for rank in range(ranks):
+            environment = {}
+            if ranks > 1:
+                port = free_port() if rank == 0 else port
+                environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks,
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in environment.items()}
+            processes.append(context.Process(
+                target=child, args=(words, said, environment, file_size), daemon=True))
+            processes[-1].start()
+        jobs.append(Job(processes, said))
+        return jobs[-1]
+
+    yield launch
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture(scope="module")
+def run(launch: Callable[..., Job], mixed: Path) -> Callable[..., Path]:
+    """A run over the mixed data (or other flags') that has to succeed: run(output, *flags, ...)."""
+
+    def run(output: Path, *flags: str | Path, **more: int) -> Path:
+        job = launch(output, "--data", mixed, *flags, **more)
+        assert job.wait() == 0, job.output
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(golden: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the real command on one rank: what all variations are compared with."""
+    output = tmp_path_factory.mktemp("plain") / "run"
+    command = [sys.executable, SCRIPT, *defaults(golden, output), "--data", mixed]
+    done = command_line(command)
+    assert done.returncode == 0, done.stderr
+    assert "steps 1 to 6" in done.stdout and "Traceback" not in done.stderr
+    return output
+
+
+def defaults(golden: Path, output: Path | str) -> list[str]:
+    """The flags that all runs here share."""
+    flags = f"--steps {STEPS} --batch-tokens 300 --device cpu".split()
+    return ["--model", str(golden / "qwen2.5-vl"), "--output", str(output), *flags]
+
+
+def command_line(words: list) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    return subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, timeout=PATIENCE, cwd=SCRIPT.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def in_process(golden: Path, output: Path, *flags: str | Path) -> None:
+    """The same run in this process: errors can be caught, and functions replaced."""
+    words = [*defaults(golden, output), *map(str, flags)]
+    train_cpt.train(train_cpt.parse_flags(train_cpt.Flags, words, ""))
+
+
+def read_log(output: Path) -> list[dict]:
+    """The steps of a run."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def read_weights(output: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's model."""
+    return load_file(output / "model" / "model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the weights of two runs."""
+    ours, theirs = read_weights(one), read_weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+
+
+def write_data(path: Path, records: list[dict | str]) -> Path:
+    """A JSON lines file; a text is a line as it is."""
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in records)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same figures at every step and the same weights at the end, but for rounding.
+
+    Measured for two ranks and for two micro-batches: losses within 1e-6, weights within 4e-5 (in
+    the bias of keys, whose gradient is close to nothing, so that Adam enlarges its rounding).
+    """
+    ours, theirs = read_log(one), read_log(other)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, its in zip(ours, theirs, strict=True):
+        for name in FIGURES:
+            assert mine[name] == pytest.approx(its[name], rel=1e-4), (mine["step"], name)
+    assert largest_difference(one, other) < 1e-4
+
+
+def assert_equal_run(one: Path, other: Path) -> None:
+    """The same figures at every step, once each, and weights that are equal to the bit."""
+    ours, theirs = read_log(one), read_log(other)
+    assert [line["step"] for line in ours] == list(range(1, len(theirs) + 1))
+    assert [[line[name] for name in FIGURES] for line in ours] == [
+        [line[name] for name in FIGURES] for line in theirs]
+    assert largest_difference(one, other) == 0
+    scores = (json.loads((output / "scores.json").read_text()) for output in (one, other))
+    assert next(scores).keys() == next(scores).keys()
+
+
+# --- what a run writes --------------------------------------------------------------------------
+
+def test_what_a_run_writes(plain: Path, golden: Path) -> None:
+    """Log, model, checkpoint, pictures and scores, and nothing half-written beside them."""
+    names = "checkpoint log.jsonl loss.png model reconstruction.png scores.json".split()
+    assert sorted(path.name for path in plain.iterdir()) == names
+    log = read_log(plain)
+    assert [line["step"] for line in log] == list(range(1, STEPS + 1))
+    for line in log:
+        assert set(line) == {*FIGURES, "step", "tokens_per_second"}
+        assert line["loss"] == pytest.approx(line["mlm_loss"] + 0.5 * line["mae_loss"])
+        assert 0 < line["tokens"] <= 300 and line["tokens_per_second"] > 0 < line["grad_norm"]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["lr"] < log[0]["lr"] == 1e-3
+    for name in ("loss.png", "reconstruction.png"):
+        with Image.open(plain / name) as picture:
+            assert min(picture.size) > 200
+    scores = json.loads((plain / "scores.json").read_text())
+    assert len(scores) == 11 and all(isinstance(score, float) for score in scores.values())
+    for kind in ("right", "wrong", "no"):
+        assert 0 <= scores[f"words restored, {kind} picture"] <= 1
+    saved = torch.load(plain / "checkpoint" / "rank-00000.pt", weights_only=True)
+    assert saved["state"]["step"] == STEPS
+
+
+def test_model_loads(plain: Path, golden: Path) -> None:
+    """`nano_moca.load` reads the model; it embeds, and its weights are not those it began with."""
+    names = "config.json model.safetensors preprocessor_config.json tokenizer.json".split()
+    assert sorted(path.name for path in (plain / "model").iterdir()) == names
+    moca = nano_moca.load(plain / "model", "cpu")
+    picture = golden / "images" / "0-rgb-84x84.png"
+    vectors = moca.embed(["words", {"text": f"{MARK} words", "images": [picture]}])
+    assert vectors.isfinite().all() and vectors.norm(dim=1).allclose(torch.ones(2))
+    begun, ended = load_file(golden / "qwen2.5-vl" / "model.safetensors"), read_weights(plain)
+    assert begun.keys() == ended.keys()
+    still = [key for key in begun if begun[key].equal(ended[key])]
+    assert not still, "every tensor is trained"
+
+
+def test_model_loads_in_transformers(plain: Path) -> None:
+    """transformers finds every tensor of the model, and none that it does not know."""
+    transformers = pytest.importorskip("transformers")
+    _, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        plain / "model", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_same_command_same_bits(plain: Path, run: Callable, tmp_path: Path) -> None:
+    """The same flags give the same weights; another seed gives others."""
+    assert_equal_run(run(tmp_path / "again"), plain)
+    other = run(tmp_path / "other", "--seed", "1", "--steps", "1")
+    assert read_log(other)[0]["loss"] != read_log(plain)[0]["loss"]
+
+
+# --- ranks and micro-batches --------------------------------------------------------------------
+
+def test_two_ranks_change_nothing(plain: Path, golden: Path, mixed: Path, tmp_path: Path) -> None:
+    """torchrun with two processes logs the losses of one and ends with its weights."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    done = command_line([*torchrun, SCRIPT, *defaults(golden, tmp_path / "two"), "--data", mixed])
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", plain)
+    names = sorted(path.name for path in (tmp_path / "two" / "checkpoint").iterdir())
+    assert names == ["rank-00000.pt", "rank-00001.pt"]
+    scores = [json.loads((output / "scores.json").read_text()) for output in (tmp_path / "two",
+                                                                              plain)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def test_micro_batches_change_nothing(plain: Path, run: Callable, tmp_path: Path) -> None:
+    """--accumulate 2 is the same run."""
+    assert_same_run(run(tmp_path / "two", "--accumulate", "2"), plain)
+
+
+def test_activation_checkpointing_changes_nothing(plain: Path, run: Callable, tmp_path: Path
+                                                  ) -> None:
+    """--checkpointing computes the same twice."""
+    assert_same_run(run(tmp_path / "again", "--checkpointing"), plain)
+
+
+def test_text_alone_on_two_ranks(run: Callable, tmp_path: Path) -> None:
+    """Without a single image two ranks do not wait for each other, and change nothing."""
+    texts = [{"text": f"number {n}: " + "some words " * (2 + n % 5)} for n in range(12)]
+    data = write_data(tmp_path / "data.jsonl", texts)
+    flags = "--data", data, "--steps", "3", "--batch-tokens", "150"
+    one, two = run(tmp_path / "one", *flags), run(tmp_path / "two", *flags, ranks=2)
+    assert_same_run(two, one)
+    assert {line["mae_loss"] for line in read_log(one)} == {0.0}
+
+
+def test_an_image_on_one_rank_only(run: Callable, mixed: Path, tmp_path: Path) -> None:
+    """Steps in which one rank sees an image and the other none neither hang nor differ."""
+    shutil.copy(mixed.parent / "0.png", tmp_path)
+    texts = [{"text": f"number {n}: some words and some more"} for n in range(5)]
+    image = {"text": f"{MARK} a picture", "images": ["0.png"]}
+    data = write_data(tmp_path / "data.jsonl", [*texts, image])
+    flags = "--data", data, "--steps", "4", "--batch-tokens", "60"
+    one, two = run(tmp_path / "one", *flags), run(tmp_path / "two", *flags, ranks=2)
+    assert_same_run(two, one)
+    maes = [line["mae_loss"] for line in read_log(one)]
+    assert 0.0 in maes and any(maes), "the data no longer make both kinds of steps"
+
+
+# --- killed and resumed -------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("save_every", "moments"), [(1, (1, 2, 4)), (2, (0, 3, 5))])
+def test_killed_and_resumed(plain: Path, launch: Callable, run: Callable, mixed: Path,
+                            tmp_path: Path, save_every: int, moments: tuple[int, ...]) -> None:
+    """Killed three times at any moment, resumed each time: the bits and the log of a run without
+    a break."""
+    output, flags = tmp_path / "run", ("--save-every", str(save_every))
+    for number, lines in enumerate(moments):
+        job = launch(output, "--data", mixed, *flags, *["--resume"] * (number > 0))
+        log = output / "log.jsonl"
+        end = time.monotonic() + PATIENCE
+        while not log.exists() or log.read_bytes().count(b"\n") < lines:
+            assert job.ranks[0].exitcode is None and time.monotonic() < end, job.output
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.15))  # in the step after, or while it is saved
+        job.kill()
+        assert job.ranks[0].exitcode == -signal.SIGKILL, "it ended before it was killed"
+        for name in ("checkpoint", "checkpoint.old"):  # whatever has a finished name is whole
+            if (output / name).exists():
+                torch.load(output / name / "rank-00000.pt", weights_only=True)
+    run(output, *flags, "--resume")
+    assert_equal_run(output, plain)
+
+
+def test_resumed_on_two_ranks(run: Callable, plain: Path, launch: Callable, mixed: Path,
+                              tmp_path: Path) -> None:
+    """Two ranks resume two ranks' checkpoint, and end where one rank ends without a break."""
+    output, flags = tmp_path / "run", ("--save-every", "2")
+    job = launch(output, "--data", mixed, *flags, ranks=2)
+    end = time.monotonic() + PATIENCE
+    while not (output / "checkpoint").exists():
+        assert job.ranks[0].exitcode is None and time.monotonic() < end, job.output
+        time.sleep(0.002)
+    job.kill()
+    alone = launch(output, "--data", mixed, *flags, "--resume")
+    assert alone.wait() == 1 and "ranks" in alone.output and "Traceback" not in alone.output
+    run(output, *flags, "--resume", ranks=2)
+    assert_same_run(output, plain)
+
+
+def test_resumed_when_it_was_done(plain: Path, run: Callable, tmp_path: Path) -> None:
+    """Resuming a finished run trains nothing and reports the same; with no checkpoint --resume
+    begins."""
+    output = run(tmp_path / "run", "--resume", "--steps", "2")
+    log, weights = (output / "log.jsonl").read_bytes(), read_weights(output)
+    scores = (output / "scores.json").read_text()
+    run(output, "--resume", "--steps", "2")
+    assert (output / "log.jsonl").read_bytes() == log
+    assert all(map(torch.equal, weights.values(), read_weights(output).values()))
+    assert (output / "scores.json").read_text() == scores, "the report is on other records"
+
+
+# --- ablations ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def ablated(golden: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+            ) -> Callable[..., list[dict]]:
+    """The log of two steps with other flags, run in this process."""
+    monkeypatch.setattr(train_cpt, "REPORT_TOKENS", REPORT_TOKENS)
+
+    def ablated(*flags: str) -> list[dict]:
+        in_process(golden, tmp_path / "run", "--data", mixed, "--steps", "2", *flags)
+        return read_log(tmp_path / "run")
+
+    return ablated
+
+
+def test_no_text_is_hidden(ablated: Callable, tmp_path: Path) -> None:
+    """--text-mask 0: no MLM loss, MAE goes on, and the report says that nothing was hidden."""
+    for line in ablated("--text-mask", "0"):
+        assert line["mlm_loss"] == 0 and line["loss"] == pytest.approx(0.5 * line["mae_loss"]) > 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["words restored, right picture"] is None
+    assert scores["patch error, words in clear"] > 0
+
+
+@pytest.mark.parametrize("flag", ["--image-mask", "--mae-weight"])
+def test_no_patch_is_hidden(ablated: Callable, flag: str) -> None:
+    """--image-mask 0 and --mae-weight 0 do the same: no MAE loss, whole images, MLM goes on."""
+    log = ablated(flag, "0")
+    assert all(line["mae_loss"] == 0 and line["loss"] == line["mlm_loss"] > 0 for line in log)
+    assert [line["loss"] for line in log] == [
+        line["loss"] for line in ablated("--mae-weight", "0", "--image-mask", "0")]
+
+
+def test_causal_attention(ablated: Callable, plain: Path) -> None:
+    """--attention causal reads the same exercise with other eyes."""
+    causal, both = ablated("--attention", "causal")[0], read_log(plain)[0]
+    assert causal["tokens"] == both["tokens"]
+    assert causal["mlm_loss"] != pytest.approx(both["mlm_loss"], rel=1e-3)
+
+
+def test_next_token(ablated: Callable, tmp_path: Path) -> None:
+    """--objective next-token: no patches, whatever the other flags, and no report of restoring."""
+    assert all(line["mae_loss"] == 0 < line["mlm_loss"] for line in
+               ablated("--objective", "next-token"))
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores and not any("restored" in name or "error" in name for name in scores)
+    assert not (tmp_path / "run" / "reconstruction.png").exists()
+
+
+@pytest.mark.parametrize("record", [
+    {"text": MARK, "images": ["0.png"]},
+    {"text": f"{MARK} and {MARK}", "images": ["0.png", "1.png"]},
+    {"text": "one"},
+], ids=["image alone", "two images", "one word"])
+def test_records_of_one_shape(ablated: Callable, mixed: Path, tmp_path: Path, record: dict) -> None:
+    """Data without a word, with several images a record, with one word: a run ends well."""
+    for name in ("0.png", "1.png"):
+        shutil.copy(mixed.parent / name, tmp_path)
+    assert len(ablated("--data", write_data(tmp_path / "data.jsonl", [record] * 3))) == 2
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words", [
+    "--surely-unknown 1", "--text-mask 1.5", "--mae-weight -1", "--steps 0", "--steps x",
+    "--learning-rate nan", "--objective both", "--batch-tokens 0", "--device tpu",
+])
+def test_bad_flags(words: str, capsys: pytest.CaptureFixture) -> None:
+    """One line that names the flag, and exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        train_cpt.parse_flags(train_cpt.Flags, words.split(), "")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and words.split()[0] in error
+
+
+BAD_LINES = {
+    "malformed JSON": '{"text": "cut',
+    "no object": "[]",
+    "no text": {"images": []},
+    "empty text": {"text": "  "},
+    "missing image": {"text": MARK, "images": ["absent.png"]},
+    "truncated image": {"text": MARK, "images": ["cut.png"]},
+    "no image": {"text": MARK, "images": ["data.jsonl"]},
+    "folder for an image": {"text": MARK, "images": ["."]},
+    "impossible name": {"text": MARK, "images": ["a\0b.png"]},
+    "very long name": {"text": MARK, "images": ["a" * 5000]},
+    "mark without image": {"text": f"{MARK}{MARK}", "images": ["0.png"]},
+    "image without mark": {"text": "words", "images": ["0.png"]},
+    "path leaving the folder": {"text": MARK, "images": ["../outside.png"]},
+    "absolute path": {"text": MARK, "images": ["/etc/hostname"]},
+    "video": {"text": "a <|video_pad|> word"},
+    "mask token": {"text": "a <|mask|> word"},
+    "stray pad": {"text": f"{MARK} <|image_pad|>", "images": ["0.png"]},
+    "half a surrogate pair": r'{"text": "\ud800"}',
+    "thin image": {"text": MARK, "images": ["thin.png"]},
+    "too long for its images": {"text": MARK * 40, "images": ["0.png"] * 40},
+}
+
+
+def bad_data(folder: Path, mixed: Path, *kinds: str) -> Path:
+    """Good records, and bad ones from the third line on."""
+    good = mixed.read_text().splitlines()
+    for picture in mixed.parent.glob("*.png"):
+        shutil.copy(picture, folder)
+    (folder / "cut.png").write_bytes((folder / "4.png").read_bytes()[:3000])
+    Image.new("RGB", (1000, 2)).save(folder / "thin.png")
+    shutil.copy(folder / "0.png", folder.parent / "outside.png")
+    return write_data(folder / "data.jsonl", [*good[:2], *(BAD_LINES[k] for k in kinds), *good[2:]])
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_records(golden: Path, mixed: Path, tmp_path: Path, kind: str) -> None:
+    """One line that names file and line; no model is written."""
+    (tmp_path / "data").mkdir()
+    data = bad_data(tmp_path / "data", mixed, kind)
+    limit = ("--max-tokens", "100") if kind == "too long for its images" else ()
+    with pytest.raises(MocaError, match=r"data\.jsonl:3: ") as caught:
+        in_process(golden, tmp_path / "run", "--data", data, *limit)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ("--steps", "0"), ("--model", "no/such/folder"), ("--data", "absent.jsonl"),
+    ("--data", "malformed JSON"), ("--data", "truncated image"),
+], ids=" ".join)
+def test_bad_input_on_the_command_line(launch: Callable, mixed: Path, tmp_path: Path,
+                                       flags: tuple[str, str]) -> None:
+    """Exit code 2 for a flag, 1 for anything else, and one line that says it."""
+    (tmp_path / "data").mkdir()
+    flag, value = flags
+    named = f"data.jsonl:{3}" if value in BAD_LINES else value if flag != "--steps" else flag
+    value = bad_data(tmp_path / "data", mixed, value) if value in BAD_LINES else value
+    job = launch(tmp_path / "run", "--data", mixed, flag, value)
+    assert job.wait() == (2 if flag == "--steps" else 1)
+    errors = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and named in errors[0]
+    assert "Traceback" not in job.output and not (tmp_path / "run" / "model").exists()
+
+
+def test_bad_records_are_skipped(launch: Callable, run: Callable, mixed: Path, tmp_path: Path
+                                 ) -> None:
+    """--on-error skip: each is listed once an epoch with its reason, and the run ends as it would
+    on other ranks."""
+    (tmp_path / "data").mkdir()
+    kinds = "malformed JSON", "missing image", "truncated image", "empty text", "video"
+    data = bad_data(tmp_path / "data", mixed, *kinds)
+    flags = "--data", data, "--on-error", "skip", "--steps", "4"
+    one, two = run(tmp_path / "one", *flags), run(tmp_path / "two", *flags, ranks=2)
+    assert_same_run(two, one)
+    for output in (one, two):
+        listed = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+        assert [line["count"] for line in listed] == list(range(1, len(listed) + 1))
+        first = [line["reason"] for line in listed[: len(kinds)]]
+        for number in range(3, 3 + len(kinds)):
+            assert sum(f"data.jsonl:{number}: " in reason for reason in first) == 1
+
+
+def test_skipped_and_resumed(run: Callable, mixed: Path, tmp_path: Path) -> None:
+    """A resumed run and a new run in the same folder list each skipped record once an epoch too."""
+    (tmp_path / "data").mkdir()
+    data = bad_data(tmp_path / "data", mixed, "malformed JSON", "missing image")
+    flags = "--data", data, "--on-error", "skip"
+    run(tmp_path / "run", *flags, "--steps", "2")
+    run(tmp_path / "run", *flags, "--steps", "3", "--resume")
+    for again in (False, True):
+        if again:
+            run(tmp_path / "run", *flags, "--steps", "3")
+        lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+        counts = [json.loads(line)["count"] for line in lines]
+        assert counts == list(range(1, len(counts) + 1))
+
+
+# --- not finite, and a full disk ----------------------------------------------------------------
+
+def test_loss_not_finite(plain: Path, golden: Path, mixed: Path, run: Callable, tmp_path: Path,
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step and its records are named, and the checkpoint is the step's before: resumed without
+    the fault, the run ends as if nothing had been."""
+    right, calls = train_cpt.masked_reconstruction_loss, []
+
+    def wrong(*tensors: torch.Tensor, **counts: float) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        mlm, mae = right(*tensors, **counts)
+        return (mlm * float("nan"), mae) if len(calls) == 4 else (mlm, mae)
+
+    monkeypatch.setattr(train_cpt, "masked_reconstruction_loss", wrong)
+    with pytest.raises(MocaError, match=r"step 4: .*data\.jsonl:\d+, ") as caught:
+        in_process(golden, tmp_path / "run", "--data", mixed, "--save-every", "1")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "model").exists()
+    saved = torch.load(tmp_path / "run" / "checkpoint" / "rank-00000.pt", weights_only=True)
+    assert saved["state"]["step"] == 3
+    assert_equal_run(run(tmp_path / "run", "--resume"), plain)
+
+
+def test_weights_not_finite(checkpoint: Path, mixed: Path, launch: Callable, tmp_path: Path) -> None:
+    """A checkpoint with one weight that is no number ends the run at its first step, in one
+    line."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    job = launch(tmp_path / "run", "--data", mixed, "--model", checkpoint)
+    assert job.wait() == 1 and "Traceback" not in job.output
+    assert "error: step 1: the loss is nan" in job.output and "data.jsonl:" in job.output
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl"]
+
+
+def test_full_disk(mixed: Path, launch: Callable, run: Callable, plain: Path, tmp_path: Path
+                   ) -> None:
+    """No room for the checkpoint: one line, exit code 1, nothing half-written under its name; with
+    room again --resume goes on from the last whole one."""
+    pytest.importorskip("resource")
+    output = tmp_path / "run"
+    for done in (0, 2):
+        if done:
+            run(output, "--steps", str(done))
+            before = (output / "checkpoint" / "rank-00000.pt").read_bytes()
+            shutil.rmtree(output / "model")
+        job = launch(output, "--data", mixed, "--save-every", "1", "--resume", file_size=1_000_000)
+        assert job.wait() == 1 and "Traceback" not in job.output, job.output
+        errors = [line for line in job.output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and not (output / "model").exists()
+        assert (output / "checkpoint").exists() == (done > 0)
+    assert (output / "checkpoint" / "rank-00000.pt").read_bytes() == before

@@ -1,0 +1,384 @@
+"""The helpers around the training loops: schedule, flags, log, checkpoints, prefetch, picture."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from nano_moca import Moca, MocaError
+from nano_moca.trainer import (
+    Log, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
+    require_finite, save_checkpoint, save_model, start, warmup_then_linear,
+)
+from nano_moca.weights import find_folder, fresh_folder, replace_folder
+
+ALONE = World(0, 1, torch.device("cpu"), torch.float32)
+
+
+@dataclass
+class Flags:
+    """One flag of each kind."""
+
+    name: str = flag("here", "a text")
+    some_steps: int = flag(10, "a count", low=1)
+    share: float = flag(0.5, "a share", low=0, high=1)
+    kind: str = flag("one", "a choice", choices=("one", "two"))
+    place: str = flag(None, "a choice without default", choices=("cpu", "cuda"))
+    resume: bool = flag(False, "a switch")
+
+
+# --- schedule -----------------------------------------------------------------------------------
+
+def test_warmup_then_linear() -> None:
+    """Up in equal steps to 1, down in equal steps, the last step still moves."""
+    rates = [warmup_then_linear(step, 10, 0.4) for step in range(10)]
+    expected = [0.25, 0.5, 0.75, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 1.0])
+def test_schedule_stays_in_range(steps: int, warmup: float) -> None:
+    """Above 0 and at most 1 at every step, once at its peak, whatever the lengths."""
+    rates = [warmup_then_linear(step, steps, warmup) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates) and max(rates) == 1
+    peak = rates.index(1)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+def test_flags_that_fit() -> None:
+    """Defaults without words; each kind of value by its own flag, dashes for underscores."""
+    assert parse_flags(Flags, [], "") == Flags("here", 10, 0.5, "one", None, False)
+    words = "--name there --some-steps 3 --share 1 --kind two --place cpu --resume".split()
+    flags = parse_flags(Flags, words, "")
+    assert flags == Flags("there", 3, 1.0, "two", "cpu", True) and type(flags.share) is float
+
+
+@pytest.mark.parametrize("words", [
+    "--unknown 1", "--some 3", "--some-steps 0", "--some-steps x", "--some-steps 1.5",
+    "--some-steps", "--share 1.5", "--share -0.1", "--share nan", "--kind three", "--place tpu",
+    "--resume yes", "stray",
+])
+def test_flags_that_do_not_fit(words: str, capsys: pytest.CaptureFixture) -> None:
+    """An unknown flag, an abbreviation, an impossible value: exit code 2 and one line that
+    names it."""
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(Flags, words.split(), "")
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and not captured.out
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert words.split()[0] in captured.err or words == "--resume yes"
+
+
+def test_help_shows_defaults(capsys: pytest.CaptureFixture) -> None:
+    """--help lists every flag with its default, and ends with exit code 0."""
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(Flags, ["--help"], "What it is for.")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and "What it is for." in shown
+    assert all(word in shown for word in ("--some-steps", "(default: 10)", "--share", "--resume"))
+
+
+def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--device cuda where there is none is one line; without the flag the CPU is taken."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MocaError, match="--device cpu"):
+        start("cuda", None)
+    assert start(None, None) == ALONE
+
+
+# --- log ----------------------------------------------------------------------------------------
+
+def read_log(path: Path) -> list[dict]:
+    """The objects of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def logged(path: Path, done: int, steps: int) -> Log:
+    """Log the steps after `done`, as a run does."""
+    log = Log(path, ALONE, steps, done)
+    for step in range(done + 1, steps + 1):
+        log.write({"step": step, "loss": 1 / step})
+    log.file.close()
+    return log
+
+
+def test_log_cuts_what_is_made_again(tmp_path: Path) -> None:
+    """After a resume at step 3 the lines of later steps go, and lines from before stay as they
+    were; a run that begins anew begins an empty log."""
+    path = tmp_path / "log.jsonl"
+    logged(path, 0, 6)
+    before = path.read_bytes().splitlines()
+    Log(path, ALONE, 6, 3).file.close()
+    assert path.read_bytes().splitlines() == before[:3]
+    log = logged(path, 3, 6)
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4, 5, 6]
+    assert log.lines == read_log(path)
+    logged(path, 0, 2)
+    assert [line["step"] for line in read_log(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("cut", [1, 10])
+def test_log_with_a_last_line_cut_off(tmp_path: Path, cut: int) -> None:
+    """A crash in the middle of a line does no harm: it belongs to a step that is made again."""
+    path = tmp_path / "log.jsonl"
+    logged(path, 0, 4)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [line["step"] for line in logged(path, 3, 6).lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_log_is_on_disk_at_once(tmp_path: Path) -> None:
+    """Each line can be read as soon as it is written; other ranks write nothing."""
+    log = Log(tmp_path / "log.jsonl", ALONE, 3, 0)
+    log.write({"step": 1, "loss": 0.5})
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.5}]
+    log.file.close()
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+def toy(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model and its optimiser."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    return model, torch.optim.AdamW(model.parameters(), 0.1, betas=(0.9, 0.95))
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    """One optimiser step a seed."""
+    for seed in seeds:
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_checkpoint_is_exact(tmp_path: Path) -> None:
+    """Weights, both moments, step counts and state come back to the bit: what follows is the
+    same."""
+    model, optimizer = toy(0)
+    steps(model, optimizer, range(3))
+    state = {"step": 3, "data": {"epoch": 1, "next": 2}, "flags": {"rate": 1e-3, "place": None}}
+    save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, state)
+    other, other_optimizer = toy(1)
+    assert load_checkpoint(tmp_path / "checkpoint", ALONE, other, other_optimizer) == state
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert mine.equal(theirs)
+        moments, loaded = optimizer.state[mine], other_optimizer.state[theirs]
+        assert moments.keys() == loaded.keys() >= {"step", "exp_avg", "exp_avg_sq"}
+        assert all(moments[key].equal(loaded[key]) for key in moments)
+    steps(model, optimizer, range(3, 6))
+    steps(other, other_optimizer, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    """Where there is none, nothing is loaded and nothing changes."""
+    model, optimizer = toy(0)
+    before = copy.deepcopy(model)
+    assert load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer) is None
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+
+
+def test_checkpoint_of_other_ranks(tmp_path: Path) -> None:
+    """A checkpoint of two ranks is not read by one."""
+    model, optimizer = toy(0)
+    steps(model, optimizer, range(1))
+    save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {})
+    (tmp_path / "checkpoint" / "rank-00001.pt").touch()
+    with pytest.raises(MocaError, match="ranks"):
+        load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer)
+
+
+def damage_cut(content: bytes) -> bytes:
+    """The first half."""
+    return content[: len(content) // 2]
+
+
+def damage_empty(content: bytes) -> bytes:
+    """Nothing."""
+    return b""
+
+
+def damage_head(content: bytes) -> bytes:
+    """Other bytes at the beginning."""
+    return bytes(255 - byte for byte in content[:60]) + content[60:]
+
+
+def damage_json(content: bytes) -> bytes:
+    """Another kind of file."""
+    return b'{"step": 1}'
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_empty, damage_head, damage_json])
+def test_damaged_checkpoint(tmp_path: Path, damage) -> None:
+    """A damaged file is refused in one line that names it, and the model is left as it was."""
+    model, optimizer = toy(0)
+    steps(model, optimizer, range(1))
+    save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {})
+    file = tmp_path / "checkpoint" / "rank-00000.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    other, other_optimizer = toy(1)
+    before = copy.deepcopy(other)
+    with pytest.raises(MocaError, match="rank-00000.pt") as caught:
+        load_checkpoint(tmp_path / "checkpoint", ALONE, other, other_optimizer)
+    assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, other.parameters(), before.parameters()))
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    """Other shapes, or fewer tensors, are refused before anything is copied."""
+    model, optimizer = toy(0)
+    steps(model, optimizer, range(1))
+    save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {})
+    for other in (nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 4)),
+                  nn.Linear(5, 7)):
+        before = copy.deepcopy(other)
+        with pytest.raises(MocaError, match="another model"):
+            load_checkpoint(tmp_path / "checkpoint", ALONE, other,
+                            torch.optim.AdamW(other.parameters()))
+        assert all(map(torch.equal, other.parameters(), before.parameters()))
+
+
+class Crash(Exception):
+    """The machine stops here."""
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_crash_while_a_folder_is_replaced(tmp_path: Path, moment: int,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before or after any rename or removal, what stands under the name (once `find_folder`
+    looked) is the whole old folder or the whole new one; and the next attempt succeeds."""
+    folder, calls = tmp_path / "checkpoint", itertools.count()
+
+    def write(text: str) -> None:
+        fresh = fresh_folder(folder)
+        for name in ("a", "b"):
+            (fresh / name).write_text(text)
+        replace_folder(folder)
+
+    def read() -> set[str]:
+        return {(find_folder(folder) / name).read_text() for name in ("a", "b")}
+
+    def crashing(call):
+        def instead(*args, **keywords):
+            if next(calls) == moment:
+                raise Crash
+            return call(*args, **keywords)
+        return instead
+
+    write("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", crashing(shutil.rmtree))
+        patch.setattr(Path, "rename", crashing(Path.rename))
+        patch.setattr(os, "fsync", crashing(os.fsync))
+        try:
+            write("new")
+            finished = True
+        except Crash:
+            finished = False
+    assert read() == {"new"} if finished else read() in ({"old"}, {"new"})
+    write("newer")
+    assert read() == {"newer"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_crash_between_the_renames(tmp_path: Path) -> None:
+    """The one moment when no folder has the name: the old one is put back and loaded."""
+    model, optimizer = toy(0)
+    steps(model, optimizer, range(1))
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, ALONE, model, optimizer, {"step": 1})
+    folder.rename(tmp_path / "checkpoint.old")
+    (tmp_path / "checkpoint.new").mkdir()
+    (tmp_path / "checkpoint.new" / "rank-00000.pt").write_bytes(b"half")
+    assert load_checkpoint(folder, ALONE, model, optimizer) == {"step": 1}
+    save_checkpoint(folder, ALONE, model, optimizer, {"step": 2})
+    assert load_checkpoint(folder, ALONE, model, optimizer) == {"step": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_disk_full_at_a_checkpoint(tmp_path: Path, full_disk) -> None:
+    """The old checkpoint stays, none that is half written takes its name."""
+    model = nn.Linear(200, 200)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 200)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {"step": 1})
+    with full_disk(100_000), pytest.raises((OSError, MocaError)):
+        save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {"step": 2})
+    assert load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer) == {"step": 1}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_disk_full_at_the_model(tmp_path: Path, moca: Moca, full_disk, before: bool) -> None:
+    """The old model stays or there is none: none that is half written takes its name."""
+    if before:
+        save_model(tmp_path / "model", ALONE, moca.model, moca.processor)
+    content = {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*")}
+    with full_disk(200_000), pytest.raises((OSError, MocaError)):
+        save_model(tmp_path / "model", ALONE, moca.model, moca.processor)
+    assert content == {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*")}
+
+
+# --- small helpers ------------------------------------------------------------------------------
+
+def test_prefetch() -> None:
+    """Values come in order, made at most one ahead; an exception arrives where its value would
+    have."""
+    made = []
+
+    def make() -> int:
+        if len(made) == 3:
+            raise MocaError("the fourth is broken")
+        made.append(len(made))
+        return made[-1]
+
+    values = prefetch(make)
+    assert not made
+    assert next(values) == 0 and len(made) <= 2
+    assert [next(values), next(values)] == [1, 2]
+    with pytest.raises(MocaError, match="fourth"):
+        next(values)
+
+
+def test_clip_gradients() -> None:
+    """The norm before is told; gradients beyond the limit are scaled to it, others are not."""
+    model = nn.Linear(2, 1, bias=False)
+    for given, limit, left in (((3.0, 4.0), 1.0, 1.0), ((0.3, 0.4), 1.0, 0.5)):
+        model.weight.grad = torch.tensor([given])
+        assert clip_gradients(model, limit) == pytest.approx(math.hypot(*given))
+        assert float(model.weight.grad.norm()) == pytest.approx(left, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_require_finite(value: float) -> None:
+    """A value that is not finite names step, quantity and records; finite ones pass."""
+    require_finite(7, {"loss": 1.0, "gradient norm": 0.0}, ["a.jsonl:1"])
+    with pytest.raises(MocaError, match="step 7: the gradient norm .*a.jsonl:1, a.jsonl:2"):
+        require_finite(7, {"loss": 1.0, "gradient norm": value}, ["a.jsonl:1", "a.jsonl:2"])
+
+
+@pytest.mark.parametrize("count", [1, 45])
+def test_plot_losses(tmp_path: Path, count: int) -> None:
+    """A picture with a panel a loss, for one step and for many."""
+    lines = [{"step": step, "loss": 3 / step, "mae_loss": 0.0} for step in range(1, count + 1)]
+    plot_losses(tmp_path / "loss.png", lines, ["loss", "mae_loss"])
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.width > picture.height > 200
+        assert len(set(picture.convert("L").resize((64, 32)).tobytes())) > 4  # not blank
