@@ -26,12 +26,14 @@ from nano_moca.processor import Processor
 from nano_moca.report import cross_modal_report, plot_restorations
 from nano_moca.trainer import (
     Log, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
-    require_finite, run, save_checkpoint, save_model, shard, start, warmup_then_linear,
+    require_finite, require_same, run, save_checkpoint, save_model, shard, start,
+    warmup_then_linear,
 )
 from nano_moca.weights import build, find_checkpoint
 
 BASE = Path(__file__).parent / "nano_moca" / "base"
 REPORT_TOKENS = 8192  # of unseen records, for the report at the end
+MAY_CHANGE = {"output", "steps", "save_every", "resume", "device"}  # when a run is resumed
 
 
 @dataclass
@@ -88,7 +90,7 @@ def exercises(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption
 
 
 def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
-           batches: TokenBatches, log: Log) -> None:
+           batches: TokenBatches, log: Log, causal: bool) -> None:
     """Draw the pictures and say what was learned, on the records that would have come next."""
     output, lines, scores = Path(flags.output), log.lines, {}
     tenth = max(1, len(lines) // 10)
@@ -99,7 +101,7 @@ def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
     batches.rank, batches.world, batches.accumulate, batches.budget = 0, 1, 1, REPORT_TOKENS
     items = [item for item in next(batches).parts[0] if item[1].grids]
     if items and flags.objective == "restore":
-        chosen = flags.text_mask, flags.image_mask, flags.seed, world
+        chosen = flags.text_mask, flags.image_mask, flags.seed, world, causal
         scores |= cross_modal_report(model, processor, items, *chosen)
         shown = [item for item in items if len(item[1].grids) == 1][:8]
         plot_restorations(output / "reconstruction.png", model, processor, shown, *chosen)
@@ -117,6 +119,8 @@ def train(flags: Flags) -> None:
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load(flags, world)
     skipped = output / "skipped.jsonl" if flags.on_error == "skip" else None
+    if skipped and not flags.resume and world.main:
+        skipped.unlink(missing_ok=True)
     batches = TokenBatches(
         Records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
         flags.seed, world.rank, world.size, flags.accumulate, skipped)
@@ -124,7 +128,9 @@ def train(flags: Flags) -> None:
         model.parameters(), flags.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     saved = flags.resume and load_checkpoint(output / "checkpoint", world, model, optimizer)
     done = saved["step"] if saved else 0
-    batches.state = saved["data"] if saved else batches.state
+    if saved:
+        batches.state = saved["data"]
+        require_same(saved["flags"], asdict(flags), MAY_CHANGE)
     log = Log(output / "log.jsonl", world, flags.steps, done)
     causal = flags.attention == "causal" or flags.objective == "next-token"
     if world.main:
@@ -170,8 +176,9 @@ def train(flags: Flags) -> None:
             state = {"step": step, "data": drawn.state, "flags": asdict(flags)}
             save_checkpoint(output / "checkpoint", world, model, optimizer, state)
     log.bar.close()
+    loader.close()  # waits for the draw that is one ahead
     save_model(output / "model", world, model.vlm, processor)
-    finish(flags, world, model, processor, batches, log)
+    finish(flags, world, model, processor, batches, log, causal)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ Items = list[tuple[int, Encoded]]  # (number in the run, record)
 
 
 @torch.no_grad()
-def restore(model: Restorer, corruption: Corruption, world: World) -> tuple[Tensor, Tensor]:
+def restore(
+    model: Restorer, corruption: Corruption, world: World, causal: bool
+) -> tuple[Tensor, Tensor]:
     """The model's answers: the likeliest tokens [R] and the pixels [G, 4704] of what was hidden."""
 
     def answers(hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor, _: Tensor):
@@ -33,11 +35,12 @@ def restore(model: Restorer, corruption: Corruption, world: World) -> tuple[Tens
         tokens = [(part @ head.to(part.dtype).T).argmax(-1) for part in rows]
         return torch.cat([labels[:0], *tokens]).cpu(), predicted.float().cpu()
 
-    return model(corruption.to(world.device), False, answers)  # through forward, as FSDP needs
+    return model(corruption.to(world.device), causal, answers)  # through forward, as FSDP needs
 
 
 def cross_modal_report(model: Restorer, processor: Processor, items: Items, text_rate: float,
-                       image_rate: float, seed: int, world: World) -> dict[str, float | None]:
+                       image_rate: float, seed: int, world: World, causal: bool
+                       ) -> dict[str, float | None]:
     """Shares of hidden words restored, and squared errors of hidden patch groups, by condition.
 
     items: records that hold an image and words. A figure is None where nothing was hidden.
@@ -53,11 +56,12 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, text
 
     def words(batch: Batch) -> float | None:
         corruption = corrupt(batch, processor, text_rate, 0.0, keys)
-        return mean(restore(model, corruption, world)[0] == corruption.labels)
+        return mean(restore(model, corruption, world, causal)[0] == corruption.labels)
 
     def patches(batch: Batch, text_rate: float) -> float | None:
         corruption = corrupt(batch, processor, text_rate, image_rate, keys)
-        return mean((restore(model, corruption, world)[1] - corruption.target).square())
+        pixels = restore(model, corruption, world, causal)[1]
+        return mean((pixels - corruption.target).square())
 
     target = corrupt(batch, processor, 0.0, image_rate, keys).target  # [G, 4704]
     return {
@@ -100,7 +104,8 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int, int], processor: Proce
 
 
 def plot_restorations(path: Path, model: Restorer, processor: Processor, items: Items,
-                      text_rate: float, image_rate: float, seed: int, world: World) -> None:
+                      text_rate: float, image_rate: float, seed: int, world: World,
+                      causal: bool) -> None:
     """A column a record: hidden, restored, original; below each picture, the words.
 
     Takes records with one image. A hidden group is grey (the model sees noise there), a hidden word
@@ -116,7 +121,7 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
     for column, (number, item) in enumerate(items):
         batch = processor.pack([item])
         corruption = corrupt(batch, processor, text_rate, image_rate, [(seed, number)])
-        tokens, pixels = restore(model, corruption, world)
+        tokens, pixels = restore(model, corruption, world, causal)
         told = dict(zip(corruption.text_rows.tolist(), tokens.tolist(), strict=True))
         hidden = torch.isin(batch.image_rows, corruption.group_rows).numpy()  # [G_all]
         original = batch.patches.numpy().reshape(len(hidden), -1)  # [G_all, 4704]

@@ -90,11 +90,16 @@ class World:
         return self.size > 1 or self.dtype != torch.float32
 
     def total(self, *amounts: float) -> list[float]:
-        """Sums over all ranks; also the place where ranks wait for each other."""
+        """Sums over all ranks."""
         sums = torch.tensor(amounts, dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.all_reduce(sums)
         return sums.tolist()
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
 
 
 def start(device: str | None, dtype: str | None) -> World:
@@ -149,6 +154,14 @@ def require_finite(step: int, values: dict[str, float], sources: list[str]) -> N
                             f"state. Lower --learning-rate, or look at {', '.join(sources)}")
 
 
+def require_same(old: dict, new: dict, may_change: set[str]) -> None:
+    """Refuse to go on with other flags: the end would be neither the old run's nor a new one's."""
+    for name, value in old.items():
+        if name not in may_change and new[name] != value:
+            raise MocaError(f"--resume: --{name.replace('_', '-')} was {value} and is {new[name]}: "
+                            "give the same flags, or start anew without --resume")
+
+
 def prefetch(make: Callable[[], Any]) -> Iterator[Any]:
     """Call `make` one call ahead, in a thread: images are decoded while the model computes."""
     with ThreadPoolExecutor(1) as pool:
@@ -173,13 +186,13 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
             "state": state}
     if world.main:
         fresh_folder(folder)
-    world.total()
+    world.wait()
     with writing(folder):
         torch.save(mine, folder.with_name(folder.name + ".new") / f"rank-{world.rank:05d}.pt")
-    world.total()
+    world.wait()
     if world.main:
         replace_folder(folder)
-    world.total()
+    world.wait()
 
 
 @torch.no_grad()
@@ -188,7 +201,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
     """Restore what `save_checkpoint` wrote, to the bit. Its `state`, or None if there is none."""
     if world.main:
         find_folder(folder)
-    world.total()
+    world.wait()
     if not folder.exists():
         return None
     if len(list(folder.iterdir())) != world.size:
@@ -228,7 +241,7 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor) -> No
             save_weights(fresh, tensors, vlm.config)
             processor.save(fresh)
             replace_folder(folder)
-    world.total()
+    world.wait()
 
 
 class Log:
@@ -239,7 +252,7 @@ class Log:
         off."""
         kept = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
         self.lines = [json.loads(line) for line in kept]
-        world.total()  # all have read before the main rank cuts
+        world.wait()  # all have read before the main rank cuts
         self.file = open(path if world.main else os.devnull, "a", buffering=1)
         if world.main:
             self.file.truncate(sum(map(len, kept)))
