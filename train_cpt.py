@@ -52,7 +52,7 @@ class Flags:
     image_mask: float = flag(0.5, "share of patch groups hidden; 0 turns MAE off", low=0, high=1)
     mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0)
     attention: str = flag("bidirectional", "in the decoder", choices=("bidirectional", "causal"))
-    learning_rate: float = flag(1e-3, "at its peak; 2e-6 for 3B and 7B", low=0)
+    learning_rate: float = flag(2e-3, "at its peak; 2e-6 for 3B and 7B", low=0)
     warmup: float = flag(0.1, "share of the steps in which it rises", low=0, high=1)
     clip: float = flag(5.0, "largest gradient norm", low=0)
     seed: int = flag(0, "of order, masks and new weights", low=0)
