@@ -137,7 +137,7 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
         pictures = (grey, restored, original)
         for axis, groups, text in zip(axes[:, column], pictures, texts, strict=True):
             axis.imshow(unpatchify(groups, item.grids[0], processor))
-            axis.set_xlabel("\n".join(textwrap.wrap(text, 26)[:5]), fontsize=7)
+            axis.set_xlabel("\n".join(textwrap.wrap(text, 28)[:4]), fontsize=7)
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], ("hidden", "restored", "original"), strict=True):
         axis.set_ylabel(name)

@@ -57,7 +57,7 @@ def draw_captions() -> None:
                 axis.text(0.0, -0.06 - 0.12 * line, part, color="#222222" if right else "#d02020",
                           transform=axis.transAxes, va="top", fontsize=9)
         row[0].set_ylabel(f"{title}\n{scores['words']:.0%} of words right", fontsize=9)
-    figure.subplots_adjust(left=0.06, right=0.99, top=0.99, bottom=0.14, hspace=0.6, wspace=0.12)
+    figure.subplots_adjust(left=0.06, right=0.99, top=0.99, bottom=0.17, hspace=0.62, wspace=0.12)
     figure.savefig(FIGURES / "captions.png", dpi=110)
 
 

@@ -334,6 +334,7 @@ def test_disk_full_at_the_model(tmp_path: Path, moca: Moca, full_disk, before: b
     with full_disk(200_000), pytest.raises((OSError, MocaError)):
         save_model(tmp_path / "model", ALONE, moca.model, moca.processor)
     assert content == {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*")}
+    assert (tmp_path / "model").exists() == before
 
 
 # --- small helpers ------------------------------------------------------------------------------
