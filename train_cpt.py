@@ -10,6 +10,7 @@ minutes on a laptop. `--objective next-token` is the control: the same data unde
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,8 +26,8 @@ from nano_moca.model import Restorer
 from nano_moca.processor import Processor
 from nano_moca.report import cross_modal_report, plot_restorations
 from nano_moca.trainer import (
-    Log, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
-    require_finite, require_same, run, save_checkpoint, save_model, shard, start,
+    Log, World, clip_gradients, flag, keep_lines, load_checkpoint, parse_flags, plot_losses,
+    prefetch, require_finite, require_same, run, save_checkpoint, save_model, shard, start,
     warmup_then_linear,
 )
 from nano_moca.weights import build, find_checkpoint
@@ -104,7 +105,8 @@ def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
         chosen = flags.text_mask, flags.image_mask, flags.seed, world, causal
         scores |= cross_modal_report(model, processor, items, *chosen)
         shown = [item for item in items if len(item[1].grids) == 1][:8]
-        plot_restorations(output / "reconstruction.png", model, processor, shown, *chosen)
+        if shown:
+            plot_restorations(output / "reconstruction.png", model, processor, shown, *chosen)
     if world.main:
         plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
         write_json(output / "scores.json", scores)
@@ -118,9 +120,9 @@ def train(flags: Flags) -> None:
     world, output = start(flags.device, flags.dtype), Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load(flags, world)
-    skipped = output / "skipped.jsonl" if flags.on_error == "skip" else None
-    if skipped and not flags.resume and world.main:
-        skipped.unlink(missing_ok=True)
+    skipped = None
+    if flags.on_error == "skip":
+        skipped = output / "skipped.jsonl" if world.main else Path(os.devnull)
     batches = TokenBatches(
         Records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
         flags.seed, world.rank, world.size, flags.accumulate, skipped)
@@ -131,6 +133,7 @@ def train(flags: Flags) -> None:
     if saved:
         batches.state = saved["data"]
         require_same(saved["flags"], asdict(flags), MAY_CHANGE)
+    keep_lines(output / "skipped.jsonl", batches.state["skipped"], world)
     log = Log(output / "log.jsonl", world, flags.steps, done)
     causal = flags.attention == "causal" or flags.objective == "next-token"
     if world.main:
@@ -144,10 +147,11 @@ def train(flags: Flags) -> None:
         drawn = next(batches)
         return drawn, exercises(drawn, processor, flags)
 
-    loader = prefetch(draw)
+    loader, seen = prefetch(draw), batches.state
     for step in range(done + 1, flags.steps + 1):
         began = time.perf_counter()
         drawn, parts = next(loader)
+        seen = drawn.state
         # divided by the counts of the whole step, so neither ranks nor --accumulate change it
         counts = world.total(sum(len(part.labels) for part in parts),
                              sum(len(part.target) for part in parts))
@@ -173,10 +177,12 @@ def train(flags: Flags) -> None:
                    "lr": rate, "grad_norm": grad_norm, "tokens": drawn.tokens,
                    "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
         if step % flags.save_every == 0 or step == flags.steps:
-            state = {"step": step, "data": drawn.state, "flags": asdict(flags)}
+            state = {"step": step, "data": seen, "flags": asdict(flags)}
             save_checkpoint(output / "checkpoint", world, model, optimizer, state)
     log.bar.close()
-    loader.close()  # waits for the draw that is one ahead
+    loader.close()  # the draw that was one ahead has not been learned from: take it back
+    batches.state = seen
+    keep_lines(output / "skipped.jsonl", seen["skipped"], world)
     save_model(output / "model", world, model.vlm, processor)
     finish(flags, world, model, processor, batches, log, causal)
 

@@ -50,6 +50,7 @@ class Segments:
         by_length: dict[int, list[int]] = {}
         for start, length in zip(starts, self.lengths, strict=False):
             by_length.setdefault(length, []).append(start)
+        by_length.pop(0, None)  # empty sequences have no rows
         self.groups = []
         for length, begins in sorted(by_length.items()):
             rows = torch.tensor(begins)[:, None] + torch.arange(length)  # [n, length]

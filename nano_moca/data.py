@@ -14,6 +14,7 @@ stop the run, or are counted and listed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,7 +101,7 @@ def make_record(fields: object, folder: Path, where: str) -> Record:
         if isinstance(image, dict):  # the hub's image type: bytes, or a path
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str):
-            image = (folder / image).resolve()
+            image = Path(os.path.normpath(os.path.realpath(folder / image.replace("\0", "?"))))
             if not image.is_relative_to(folder):
                 raise MocaError(f"{where}: {image} is outside the folder {folder}: move it inside")
         elif not isinstance(image, bytes):
@@ -173,19 +174,19 @@ class TokenBatches:
         taken: list[tuple[int, Encoded]] = []
         parts, total = self.world * self.accumulate, 0
         while True:
-            before = dict(self.state)
-            number, item = self._next_usable()
+            number, item = self._peek()
             if len(taken) >= parts and total + len(item.tokens) > self.budget:
-                self.state = before  # it opens the next step
-                break
+                break  # it opens the next step
             taken.append((number, item))
             total += len(item.tokens)
+            self.state["next"] += 1
+            self.state["usable"] += 1
         shares = deal([len(item.tokens) for _, item in taken], parts)[self.rank :: self.world]
         mine = [[taken[index] for index in share] for share in shares]
         return Draw(mine, total, dict(self.state))
 
-    def _next_usable(self) -> tuple[int, Encoded]:
-        """The next record that can be used, and its number in the run."""
+    def _peek(self) -> tuple[int, Encoded]:
+        """The next record that can be used, and its number in the run; it is not taken yet."""
         while True:
             if self.state["next"] == len(self.records):
                 if not self.state["usable"]:
@@ -193,19 +194,15 @@ class TokenBatches:
                 self.state |= {"epoch": self.state["epoch"] + 1, "next": 0, "usable": 0}
             index = int(self.order(self.state["epoch"])[self.state["next"]])
             number = self.state["epoch"] * len(self.records) + self.state["next"]
-            self.state["next"] += 1
             try:
                 # all ranks have to skip the same records, so then each decodes all images
                 decode = self.skipped is not None
-                item = self.processor.encode(self.records[index], self.max_tokens, decode)
+                return number, self.processor.encode(self.records[index], self.max_tokens, decode)
             except MocaError as error:
                 if not self.skipped:
                     raise
+                self.state["next"] += 1
                 self.state["skipped"] += 1
-                if self.rank == 0:
-                    with open(self.skipped, "a") as file:
-                        line = {"count": self.state["skipped"], "reason": str(error)}
-                        file.write(json.dumps(line) + "\n")
-                continue
-            self.state["usable"] += 1
-            return number, item
+                with open(self.skipped, "a") as file:
+                    line = {"count": self.state["skipped"], "reason": str(error)}
+                    file.write(json.dumps(line) + "\n")

@@ -40,7 +40,7 @@ class VLM(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.always_see = False  # run the vision tower without images too: ranks must keep step
+        self.always_see = False  # run the vision tower without images too (see trainer.shard)
         self.visual = VisionTower(config.vision)
         self.language = Decoder(config)
         if not config.tied:

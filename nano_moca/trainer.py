@@ -123,10 +123,12 @@ def shard(whole: nn.Module, vlm: VLM, world: World) -> nn.Module:
     """FSDP2: each block's parameters are divided among the ranks, and whole only while it runs.
 
     The root holds what belongs to no block (embeddings, norms, heads). Inputs are not cast: the
-    rotary angles have to stay float32.
+    rotary angles have to stay float32. Alone, nothing is divided; but the vision tower sees a blank
+    group in a batch without images here as there, so that its gradients are zeros in both (where
+    they were absent, the optimiser would pass its weights over, and the ranks would show).
     """
+    vlm.always_see = True
     if world.sharded:
-        vlm.always_see = world.size > 1
         policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
         for block in [*vlm.visual.blocks, *vlm.language.layers, whole]:
@@ -211,7 +213,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
         saved = torch.load(file, map_location=world.device, weights_only=True)
         kept = list(zip(model.parameters(), saved["parameters"], saved["moments"], strict=True))
         wrong = [p for p, tensor, _ in kept if local(p).shape != tensor.shape]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # torch.load and pickle raise many kinds
         wrong = [error]
     if wrong:
         raise MocaError(f"{file} is damaged or of another model: start without --resume")
@@ -244,18 +246,23 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor) -> No
     world.wait()
 
 
+def keep_lines(path: Path, count: int, world: World) -> list[bytes]:
+    """Cut a file after its first `count` lines, and return them; there may be no file."""
+    kept = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
+    world.wait()  # all have read before the main rank cuts
+    if world.main and path.exists():
+        os.truncate(path, sum(map(len, kept)))
+    return kept
+
+
 class Log:
     """log.jsonl, one object a step, and a progress bar that shows the same; by the main rank."""
 
     def __init__(self, path: Path, world: World, steps: int, done: int) -> None:
         """done: steps made before a resume. What was logged after them is made again: cut it
         off."""
-        kept = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
-        self.lines = [json.loads(line) for line in kept]
-        world.wait()  # all have read before the main rank cuts
+        self.lines = [json.loads(line) for line in keep_lines(path, done, world)]
         self.file = open(path if world.main else os.devnull, "a", buffering=1)
-        if world.main:
-            self.file.truncate(sum(map(len, kept)))
         hidden = None if world.main else True  # None: shown on a terminal only
         self.bar = tqdm(total=steps, initial=done, disable=hidden, unit="step")
 
