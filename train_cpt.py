@@ -44,7 +44,7 @@ class Flags:
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
     data: str = flag("builtin", ".jsonl or .parquet file, or a folder of them")
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
-    steps: int = flag(1200, "optimiser steps", low=1)
+    steps: int = flag(1000, "optimiser steps", low=1)
     batch_tokens: int = flag(1000, "tokens a step over all ranks", low=1)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
     accumulate: int = flag(1, "micro-batches a step on each rank", low=1)
