@@ -60,6 +60,8 @@ class Moca:
     def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
         """What a causal model says next, greedily, up to its end token or `steps` tokens."""
         records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
+        if not records:
+            return []
         batch = self.processor.batch(records).to(self.model.head.device)
         tokens = self.model.greedy(batch, steps, self.processor.end_token)
         return [self.processor.tokenizer.decode(t, skip_special_tokens=False) for t in tokens]

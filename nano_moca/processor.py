@@ -5,14 +5,16 @@ A record is text with one mark `<|vision_start|><|image_pad|><|vision_end|>` for
 patches; `pack` lays encoded records end to end into a `Batch`. There is no padding, and no batch
 dimension.
 
-Everything the model could get wrong silently is refused here: a mark without its image, a vision
-token that belongs to no image, an empty text, an image that does not open.
+Everything the model could get wrong silently is refused here: a mark without its image, an image,
+video or mask token that belongs to no image, an empty text, an image that does not open.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,7 +35,8 @@ HOMELESS = ("<|image_pad|>", "<|video_pad|>", MASK)  # mean nothing in a text ou
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ImageLike = str | Path | bytes | Image.Image
 # what Pillow raises for files that are no images, cut short, or too large to be honest
-BROKEN = (OSError, ValueError, TypeError, AttributeError, SyntaxError, Image.DecompressionBombError)
+BROKEN = (OSError, ValueError, TypeError, AttributeError, SyntaxError, EOFError, LookupError,
+          ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass

@@ -58,6 +58,8 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, text
         corruption = corrupt(batch, processor, text_rate, 0.0, keys)
         return mean(restore(model, corruption, world, causal)[0] == corruption.labels)
 
+    wrong = other_pictures(batch)
+
     def patches(batch: Batch, text_rate: float) -> float | None:
         corruption = corrupt(batch, processor, text_rate, image_rate, keys)
         pixels = restore(model, corruption, world, causal)[1]
@@ -66,7 +68,8 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, text
     target = corrupt(batch, processor, 0.0, image_rate, keys).target  # [G, 4704]
     return {
         "words restored, right picture": words(batch),
-        "words restored, wrong picture": words(replace(batch, patches=other_pictures(batch))),
+        "words restored, wrong picture": (
+            None if wrong is None else words(replace(batch, patches=wrong))),
         "words restored, no picture": words(pictureless),
         "patch error, words in clear": patches(batch, 0.0),
         "patch error, words hidden as in training": patches(batch, text_rate),
@@ -82,8 +85,12 @@ def only(item: Encoded, special: np.ndarray, words: bool) -> Encoded:
     return replace(item, images=[], grids=[]) if words else item
 
 
-def other_pictures(batch: Batch) -> Tensor:
-    """The patches [P, 1176] with each image in the place of another of its size, if it can be."""
+def other_pictures(batch: Batch) -> Tensor | None:
+    """The patches [P, 1176] with each image in the place of another of its size.
+
+    None if more than a tenth of the images keep their place or get an equal one: the score beside a
+    wrong picture would be one beside the right one.
+    """
     grids = [tuple(grid) for grid in batch.grids.tolist()]
     images = batch.patches.split(batch.grids.prod(1).tolist())
     swapped = list(images)
@@ -91,7 +98,8 @@ def other_pictures(batch: Batch) -> Tensor:
         same = [index for index, grid in enumerate(grids) if grid == size]
         for place, other in zip(same, same[1:] + same[:1], strict=True):
             swapped[place] = images[other]
-    return torch.cat(swapped)
+    kept = sum(map(torch.equal, images, swapped))
+    return torch.cat(swapped) if 10 * kept <= len(images) else None
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int, int], processor: Processor) -> np.ndarray:
@@ -137,7 +145,8 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
         pictures = (grey, restored, original)
         for axis, groups, text in zip(axes[:, column], pictures, texts, strict=True):
             axis.imshow(unpatchify(groups, item.grids[0], processor))
-            axis.set_xlabel("\n".join(textwrap.wrap(text, 28)[:4]), fontsize=7)
+            # parse_math off: a $ in somebody's text is a dollar
+            axis.set_xlabel("\n".join(textwrap.wrap(text, 28)[:4]), fontsize=7, parse_math=False)
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], ("hidden", "restored", "original"), strict=True):
         axis.set_ylabel(name)

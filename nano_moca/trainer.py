@@ -1,9 +1,8 @@
 """What both training loops need around them: flags, processes, sharding, checkpoints, log, picture.
 
-Plain functions; the loops themselves stand in train_cpt.py and train_cl.py. The precision policy,
-in one place: master weights, gradients and optimiser state are float32; matrix products run in
-`--dtype` (bfloat16 on CUDA); norms, softmax, similarities and losses are float32 whatever the
-dtype.
+Plain functions; the loop itself stands in train_cpt.py. The precision policy, in one place: master
+weights, summed gradients and optimiser state are float32; matrix products run in `--dtype`
+(bfloat16 on CUDA); norms, softmax and losses are computed in float32 whatever the dtype.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -129,10 +129,11 @@ def shard(whole: nn.Module, vlm: VLM, world: World) -> nn.Module:
     """
     vlm.always_see = True
     if world.sharded:
+        mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
         for block in [*vlm.visual.blocks, *vlm.language.layers, whole]:
-            fully_shard(block, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     return whole
 
 
@@ -210,7 +211,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
         raise MocaError(f"{folder} is not of {world.size} ranks: resume with as many as before")
     file = folder / f"rank-{world.rank:05d}.pt"
     try:
-        saved = torch.load(file, map_location=world.device, weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         kept = list(zip(model.parameters(), saved["parameters"], saved["moments"], strict=True))
         wrong = [p for p, tensor, _ in kept if local(p).shape != tensor.shape]
     except Exception as error:  # torch.load and pickle raise many kinds

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nano_moca.attention import Segments, attend, rotary_frequencies, rotate
 from nano_moca.config import VisionConfig
@@ -86,7 +87,8 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, segments: Segments) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [P, 3, H, d]
         query, key, value = qkv.unbind(1)
-        out = attend(rotate(query, angles), rotate(key, angles), value, segments, causal=False)
+        query, key = (rotate(x.float(), angles).to(x.dtype) for x in (query, key))  # as Qwen does
+        out = attend(query, key, value, segments, causal=False)
         return self.proj(out.flatten(1))  # [P, width]
 
 
@@ -153,6 +155,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # recompute each block in backward, to save memory
         # the checkpoint's 3-D convolution with stride = kernel is a linear map of a flattened patch
         self.patch_embed = nn.Linear(config.patch_values, config.width, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
@@ -182,5 +185,9 @@ class VisionTower(nn.Module):
         angles = angles[order].flatten(0, 1)
         for index, block in enumerate(self.blocks):
             full = not config.window or index in config.full_blocks
-            x = block(x, angles, images if full else windows)
+            segments = images if full else windows
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, angles, segments, use_reentrant=False)
+            else:
+                x = block(x, angles, segments)
         return self.merger(x)[torch.argsort(order)]  # [P/4, D], back in the image's order

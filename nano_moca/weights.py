@@ -3,10 +3,9 @@
 The names of tensors have changed over the years; these layouts are read, in one file
 model.safetensors or in shards with model.safetensors.index.json:
 
-    transformers up to 4.51, the hub's files   model.layers.0...        visual.blocks.0...
-    lm_head.* transformers 4.52 and later                model.language_model...  model.visual...
-    lm_head.*
-    MoCa's released checkpoints                either, with mae_* tensors or without
+    transformers up to 4.51, hub files   model.layers...          visual...        lm_head.*
+    transformers 4.52 and later          model.language_model...  model.visual...  lm_head.*
+    MoCa's released checkpoints          either, with mae_* tensors or without
 
 Every tensor that the model needs must be there once, in its shape, and nothing else may be: a
 missing key that goes unnoticed is a model that computes nonsense with confidence (transformers 5
