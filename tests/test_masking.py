@@ -1,5 +1,6 @@
 """Stage 1's exercise: what is hidden, how often, and that it follows from a record's key alone."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import Corruption, corrupt, next_token
 from nano_moca.model import Restorer
 from nano_moca.processor import Batch, Processor
+from nano_moca.report import other_pictures
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +189,21 @@ def test_loss_over_nothing(moca: Moca, records: list[Record], numbers: list[int]
     assert mlm.item() == mae.item() == 0.0
     gradients = torch.autograd.grad(mlm + mae, list(restorer.parameters()), allow_unused=True)
     assert all(gradient is None or (gradient == 0).all() for gradient in gradients)
+
+
+def test_other_pictures_are_other_pictures(moca: Moca) -> None:
+    """Each image takes another's place of its size; where most are alone or alike, there is none."""
+    random = np.random.default_rng(0)
+
+    def pictures(*sizes: int) -> list[Record]:
+        return [Record(MARK, [Image.fromarray(random.integers(0, 255, (size, size, 3), np.uint8))])
+                for size in sizes]
+
+    batch = moca.processor.batch(pictures(56, 84, 56, 84, 56))
+    swapped = other_pictures(batch)
+    sizes = batch.grids.prod(1).tolist()
+    pairs = list(zip(batch.patches.split(sizes), swapped.split(sizes), strict=True))
+    assert not any(torch.equal(mine, its) for mine, its in pairs)
+    assert swapped.sum().item() == pytest.approx(batch.patches.sum().item(), rel=1e-4)
+    assert other_pictures(moca.processor.batch(pictures(56, 84))) is None
+    assert other_pictures(moca.processor.batch(pictures(56) * 3)) is None

@@ -227,9 +227,10 @@ def test_what_a_run_writes(plain: Path, golden: Path) -> None:
         with Image.open(plain / name) as picture:
             assert min(picture.size) > 200
     scores = json.loads((plain / "scores.json").read_text())
-    assert len(scores) == 11 and all(isinstance(score, float) for score in scores.values())
-    for kind in ("right", "wrong", "no"):
-        assert 0 <= scores[f"words restored, {kind} picture"] <= 1
+    # eight pictures over and over: too often the wrong picture is the right one
+    assert scores.pop("words restored, wrong picture") is None
+    assert len(scores) == 10 and all(isinstance(score, float) for score in scores.values())
+    assert all(0 <= scores[f"words restored, {kind} picture"] <= 1 for kind in ("right", "no"))
     saved = torch.load(plain / "checkpoint" / "rank-00000.pt", weights_only=True)
     assert saved["state"]["step"] == STEPS
 
@@ -276,7 +277,9 @@ def test_two_ranks_change_nothing(plain: Path, golden: Path, mixed: Path, tmp_pa
     assert names == ["rank-00000.pt", "rank-00001.pt"]
     ours, theirs = (json.loads((output / "scores.json").read_text())
                     for output in (tmp_path / "two", plain))
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours.keys() == theirs.keys()
+    for name, score in theirs.items():
+        assert ours[name] == (score if score is None else pytest.approx(score, rel=1e-3)), name
 
 
 def test_micro_batches_change_nothing(plain: Path, run: Callable, tmp_path: Path) -> None:
