@@ -192,7 +192,7 @@ def test_loss_over_nothing(moca: Moca, records: list[Record], numbers: list[int]
 
 
 def test_other_pictures_are_other_pictures(moca: Moca) -> None:
-    """Each image takes another's place of its size; where most are alone or alike, there is none."""
+    """Each image takes the place of another of its size; None where most are alone or alike."""
     random = np.random.default_rng(0)
 
     def pictures(*sizes: int) -> list[Record]:
