@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from nano_moca.config import MocaError, load_config, write_json
-from nano_moca.data import Draw, Records, TokenBatches
+from nano_moca.data import Draw, TokenBatches, load_records
 from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import Corruption, corrupt, next_token
 from nano_moca.model import Restorer
@@ -127,7 +127,7 @@ def train(flags: Flags) -> None:
     if flags.on_error == "skip":
         skipped = output / "skipped.jsonl" if world.main else Path(os.devnull)
     batches = TokenBatches(
-        Records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
+        load_records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
         flags.seed, world.rank, world.size, flags.accumulate, skipped)
     optimizer = torch.optim.AdamW(
         model.parameters(), flags.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)

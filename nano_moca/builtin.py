@@ -40,6 +40,7 @@ from tokenizers import (
 from torch import nn
 
 from nano_moca.config import MocaError, nano_config, write_json
+from nano_moca.data import Pair
 from nano_moca.model import VLM
 from nano_moca.processor import MARK, Record
 from nano_moca.trainer import parse_flags, run
@@ -105,6 +106,12 @@ class Scene:
         """What is in the cells, in reading order."""
         return ", ".join(" ".join(cell) if cell else "nothing" for cell in self.cells)
 
+    def description(self, random: np.random.Generator) -> str:
+        """The same in another wording: where things are, in any order; of four cells."""
+        places = ("top left", "top right", "bottom left", "bottom right")
+        named = [f"{place} a {' '.join(cell)}" for place, cell in zip(places, self.cells) if cell]
+        return ", ".join(named[i] for i in random.permutation(len(named)))
+
 
 def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows: int = 2,
                  columns: int = 2) -> Scene:
@@ -137,12 +144,16 @@ def twins(scene: Scene, random: np.random.Generator, names: Sequence[str] = NAME
     return [replace(scene, cells=cells) for cells in near]
 
 
-def page_query(page: Scene, random: np.random.Generator) -> str:
-    """A question that names two or three of a page's items."""
+def page_query(page: Scene, random: np.random.Generator, names: Sequence[str] = NAMES
+               ) -> tuple[str, Scene]:
+    """A question that names two or three of a page's items, and a near page that lacks one."""
     items = sorted({cell for cell in page.cells if cell})
-    chosen = random.permutation(len(items))[: random.integers(2, 4)]
-    named = [" ".join(items[index]) for index in chosen]
-    return f"a page with {', '.join(named[:-1])} and {named[-1]}"
+    chosen = [items[i] for i in random.permutation(len(items))[: random.integers(2, 4)]]
+    (colour, name), *_ = chosen
+    other = str(random.choice([other for other in names if (colour, other) not in items]))
+    near = tuple((colour, other) if cell == (colour, name) else cell for cell in page.cells)
+    named = [" ".join(item) for item in chosen]
+    return f"a page with {', '.join(named[:-1])} and {named[-1]}", replace(page, cells=near)
 
 
 @lru_cache(maxsize=1)
@@ -198,6 +209,76 @@ class Builtin(Sequence):
         else:
             scene = random_scene(random, self.names)
         return Record(f"{MARK}{scene.caption()}{END}", [scene.image()], where)
+
+
+class BuiltinTask(Sequence):
+    """Labelled pairs of stage 2: few (stage 1's records are the many), a function of (seed, split,
+    index).
+
+    Every pair has near twins as hard negatives, documents excepted. In the splits for testing, a
+    scene's three twins are pairs of their own: 150 scenes make 600, each to be told from its twins.
+    """
+
+    KINDS = {"scene-to-caption": "image-text", "caption-to-scene": "image-text",
+             "page-retrieval": "long-document", "long-text": "long-document",
+             "text-pairs": "text-only"}
+    SIZES = {"train": 500, "development": 600, "test": 600}
+    PAGES = 200  # queries for pages, when testing
+
+    def __init__(self, name: str, split: str, seed: int, names: Sequence[str] = NAMES) -> None:
+        """names: the symbols that occur. The splits for testing are the same for every seed."""
+        self.name, self.split, self.kind, self.names = name, split, self.KINDS[name], names
+        self.key = (seed if split == "train" else 0), SPLITS[split], 10 + len(names)
+        if name == "long-text":
+            first, end = {"train": (0, 7), "development": (7, 8), "test": (8, 10)}[split]
+            bodies = {body: heading for heading, body in reversed(documents())}  # each body once
+            self.documents = [pair for index, pair in enumerate(sorted(bodies.items()))
+                              if first <= index % 10 < end]
+
+    def __len__(self) -> int:
+        if self.name == "long-text":
+            return len(self.documents)
+        if self.name == "page-retrieval" and self.split != "train":
+            return self.PAGES
+        return self.SIZES[self.split]
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # what ends a for loop over a sequence
+        self.where = f"builtin {self.split} {self.name} {index}"
+        if self.name == "long-text":
+            body, heading = self.documents[index]
+            about = f"What does {heading} do?" if "." in heading else f"How do {heading} work?"
+            return self._pair(about, [" ".join(body.split()[:60])])
+        family = self.split != "train" and self.name != "page-retrieval"
+        random = np.random.default_rng((*self.key, index // 4 if family else index))
+        if self.name == "page-retrieval":
+            page = random_scene(random, self.names, rows=int(random.integers(3, 5)), columns=3)
+            query, near = page_query(page, random, self.names)
+            return self._pair(query, [page, near])
+        scene = random_scene(random, self.names)
+        scenes = [scene, *twins(scene, random, self.names)]
+        if family:
+            scenes = [scenes[index % 4]]
+        captions = [scene.caption() for scene in scenes]
+        if self.name == "scene-to-caption":
+            return self._pair(scenes[0], captions)
+        if self.name == "caption-to-scene":
+            return self._pair(captions[0], scenes)
+        return self._pair(captions[0], [scene.description(random) for scene in scenes])
+
+    def _pair(self, query: Scene | str, found: Sequence[Scene | str]) -> Pair:
+        query, positive, *negatives = (
+            Record(f"{MARK}{END}", [item.image()], self.where) if isinstance(item, Scene)
+            else Record(item + END, [], self.where) for item in (query, *found))
+        return Pair(query, positive, negatives)
+
+
+def builtin_tasks(split: str = "train", seed: int = 0) -> dict[str, BuiltinTask]:
+    """Stage 2's default data by task."""
+    if split not in BuiltinTask.SIZES:
+        raise MocaError(f"--data builtin:{split}: the splits are {', '.join(BuiltinTask.SIZES)}")
+    return {name: BuiltinTask(name, split, seed) for name in BuiltinTask.KINDS}
 
 
 SPECIAL = tuple(f"<|{name}|>" for name in (

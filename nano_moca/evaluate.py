@@ -1,84 +1,306 @@
-"""What a trained model is for: vectors of a list of items. Run as `python -m nano_moca.evaluate`.
+"""What a trained model is for: vectors of a list of items, and the benchmarks' scores.
 
-    python -m nano_moca.evaluate embed --model DIR|HUB_ID --input items.jsonl --output vectors.npy
+    python -m nano_moca.evaluate embed   --model DIR|HUB_ID --input items.jsonl --output vectors.npy
+    python -m nano_moca.evaluate builtin --model DIR|HUB_ID --output scores.json
+    python -m nano_moca.evaluate mmeb    --model DIR|HUB_ID --data DIR --output scores.json
+    python -m nano_moca.evaluate vidore  --model DIR|HUB_ID --data DIR --output scores.json
 
-items.jsonl holds {"text": ..., "images": [...]} a line, the images beside it. vectors.npy is
-float32 [lines, width] of unit length, in the file's order: the best match of a query is the item
+`embed`: items.jsonl holds {"text": ..., "images": [...]} a line, the images beside it. vectors.npy
+is float32 [lines, width] of unit length, in the file's order: the best match of a query is the item
 with the largest dot product.
+
+`builtin`: the tasks of the embedded default, each query among all answers of its task and their
+near twins. `mmeb` and `vidore` read the benchmarks' own files, parquet or JSON lines:
+
+    mmeb    DATA/<task>/test*     qry_text, qry_img_path, tgt_text [list], tgt_img_path [list];
+                                  the first candidate is right; images lie under --images
+    vidore  DATA/<task>/corpus/*  corpus-id, image     DATA/<task>/queries/*  query-id, query
+            DATA/<task>/qrels/*   query-id, corpus-id, score
+
+A tie counts as wrong, and so does NaN: a model that maps everything to one point scores 0. (The
+released code counts both as right.) Chance stands beside each score. Vectors are kept in
+<output>.vectors by model, settings and content, so that what was interrupted goes on where it
+stopped, and another model never meets them.
 """
 
 import argparse
+import hashlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from nano_moca import Moca, Record, load
-from nano_moca.data import make_record, open_data
+from nano_moca import MARK, Moca, MocaError, Record, load
+from nano_moca.builtin import NEW, BuiltinTask, builtin_tasks
+from nano_moca.config import write_json
+from nano_moca.data import FILE_KINDS, make_record, open_data, record_key
+from nano_moca.report import rank_pairs
 from nano_moca.trainer import Parser, run
+from nano_moca.weights import find_checkpoint
 
+ATTENTIONS = ("bidirectional", "causal")
 AT_ONCE = 64  # items between two ticks of the bar; `Moca.embed` packs them up to its token budget
+K = 5  # of nDCG@5
+# MMEB's 36 tasks by kind: in distribution (trained on by those who train on MMEB) | out of it
+MMEB = {
+    "classification": "ImageNet-1K N24News HatefulMemes VOC2007 SUN397 | Place365 ImageNet-A "
+                      "ImageNet-R ObjectNet Country211",
+    "VQA": "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W | ScienceQA VizWiz GQA TextVQA",
+    "retrieval": "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA | "
+                 "OVEN FashionIQ EDIS Wiki-SS-NQ",
+    "visual grounding": "MSCOCO | RefCOCO RefCOCO-Matching Visual7W-Pointing",
+}
+Embed = Callable[[list[Record]], np.ndarray]  # records -> unit vectors [N, D] float32
+Scores = Iterator[tuple[str, dict[str, float]]]  # each task's, as it is done
 
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that runs a model."""
-    parser.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
-    parser.add_argument("--attention", choices=("bidirectional", "causal"), default="bidirectional")
-    parser.add_argument("--pooling", choices=("mean", "last"), default="mean")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    for limit in ("--min-pixels", "--max-pixels"):
-        parser.add_argument(limit, type=int, metavar="N", help="default: the checkpoint's")
-
-
-def load_model(args: argparse.Namespace) -> Moca:
-    """The model that the flags ask for."""
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    return load(args.model, args.device, dtype, args.attention, args.pooling, args.min_pixels,
-                args.max_pixels)
-
-
-def embed_records(moca: Moca, records: list[Record]) -> np.ndarray:
+def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
+                  identity: str = "") -> np.ndarray:
     """Unit vectors [N, D] float32, in the order of the records.
 
     All records are checked before the first is embedded. They go through the model by length, the
     longest first: too little memory shows at once, and items of one length share an attention call.
+    kept: a folder for the vectors of each part, to be found again by identity (of the model) and
+    content.
     """
     lengths = [len(moca.processor.encode(record).tokens) for record in records]
     order = sorted(range(len(records)), key=lambda i: -lengths[i])
     parts = [order[first : first + AT_ONCE] for first in range(0, len(order), AT_ONCE)]
     vectors = np.empty((len(records), moca.model.config.width), np.float32)
     for part in tqdm(parts, unit_scale=AT_ONCE, unit="item", disable=None):
-        vectors[part] = moca.embed([records[i] for i in part]).numpy()
+        items = [records[i] for i in part]
+        file = kept / f"{content_hash(items, identity)}.npy" if kept else Path(os.devnull)
+        if file.is_file():
+            vectors[part] = np.load(file)
+            continue
+        vectors[part] = moca.embed(items).numpy()
+        if kept:
+            save_vectors(file, vectors[part])
     return vectors
 
 
-def embed(args: argparse.Namespace) -> None:
-    """The command `embed`. The file gets its name when it is whole."""
-    output = Path(args.output)
-    records = [make_record(fields, part.path.parent, where)
-               for part in open_data(args.input) for fields, where in part]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    vectors = embed_records(load_model(args), records)
-    fresh = output.with_name(output.name + ".new")
+def content_hash(records: list[Record], identity: str) -> str:
+    """A name for what a model makes of these records: another for another model or content."""
+    files = [[(image.stat().st_size, image.stat().st_mtime_ns) for image in record.images
+              if isinstance(image, Path)] for record in records]
+    content = identity, files, [record_key(record) for record in records]
+    return hashlib.sha256(repr(content).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def save_vectors(path: Path, vectors: np.ndarray) -> None:
+    """The file gets its name when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
     with open(fresh, "wb") as file:
         np.save(file, vectors)
-    fresh.replace(output)
-    print(f"{output}: {vectors.shape[0]} unit vectors of width {vectors.shape[1]}")
+    fresh.replace(path)
+
+
+def make_embedder(args: argparse.Namespace) -> Embed:
+    """The model that the flags ask for, with its vectors kept beside the output."""
+    folder = find_checkpoint(args.model)
+    moca = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None,
+                args.attention, args.pooling, args.min_pixels, args.max_pixels)
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                   for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
+    dtype, pixels = moca.model.head.dtype, (moca.processor.min_pixels, moca.processor.max_pixels)
+    identity = repr((str(folder.resolve()), files, args.attention, args.pooling, dtype, pixels))
+    kept = Path(args.output + ".vectors") if args.command != "embed" else None
+    return lambda records: embed_records(moca, records, kept, identity)
+
+
+def embed(args: argparse.Namespace) -> None:
+    """The command `embed`."""
+    records = [make_record(fields, part.path.parent, where)
+               for part in open_data(args.input) for fields, where in part]
+    vectors = make_embedder(args)(records)
+    save_vectors(Path(args.output), vectors)
+    print(f"{args.output}: {vectors.shape[0]} unit vectors of width {vectors.shape[1]}")
+
+
+def builtin(embed: Embed, args: argparse.Namespace) -> Scores:
+    """The embedded default's tasks, and scenes of symbols that the nano base never met."""
+    tasks = builtin_tasks(args.split)
+    for name in ("scene-to-caption", "caption-to-scene"):
+        tasks[f"{name}, new symbols"] = BuiltinTask(name, args.split, 0, NEW)
+    for name, task in tasks.items():
+        yield name, rank_pairs(task, embed).scores()
+
+
+def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
+    """Precision@1: how often the first candidate comes first."""
+    images = Path(args.images or args.data)
+    for folder in task_folders(args.data):
+        places: dict[tuple[str, str], int] = {}  # of (text, image path) in `records`
+        records: list[Record] = []
+        questions: list[list[int]] = []  # places of a query, its right candidate, the others
+        for fields, where in rows(folder, "test*"):
+            try:
+                texts, paths = ([side] if isinstance(side, str) else list(side)
+                                for side in (fields["tgt_text"], fields["tgt_img_path"]))
+                sides = [(fields["qry_text"], fields["qry_img_path"]),
+                         *zip(texts, paths, strict=True)]
+                # <|image_1|> marks an image; beside an empty path it means nothing
+                sides = [(text.replace("<|image_1|>", MARK if path else "").strip(), path or "")
+                         for text, path in sides]
+                if len(sides) < 3:
+                    raise ValueError("fewer than two candidates")
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise MocaError(f"{where}: no row of MMEB ({error!r}): copy it again") from None
+            for text, path in (side for side in sides if side not in places):
+                places[text, path] = len(records)
+                fields = {"text": text, "images": [path] if path else []}
+                records.append(make_record(fields, images, where))
+            questions.append([places[side] for side in sides])
+        vectors = embed(records)
+        right = [first_is_best(vectors[found] @ vectors[query]) for query, *found in questions]
+        chance = [1 / (len(question) - 1) for question in questions]
+        yield folder.name, {"precision@1": float(np.mean(right)), "queries": len(right),
+                            "chance": float(np.mean(chance))}
+
+
+def first_is_best(similarities: np.ndarray) -> bool:
+    """Whether the first of [C] is larger than every other; a tie or NaN is not."""
+    return bool((similarities[0] > similarities[1:]).all() and similarities[0] == similarities[0])
+
+
+def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
+    """nDCG@5 of pages for queries. A page's gain is its relevance score, as in trec_eval."""
+    for folder in task_folders(args.data):
+        corpus = table(folder / "corpus", "corpus-id", "image")
+        queries = table(folder / "queries", "query-id", "query")
+        columns = {key: place for place, (key, _, _) in enumerate(corpus)}
+        relevance = {key: np.zeros(len(corpus)) for key, _, _ in queries}
+        for query, page, score, where in table(folder / "qrels", "query-id", "corpus-id", "score"):
+            if query not in relevance or page not in columns:
+                raise MocaError(f"{where}: query {query} or page {page} is not among the task's: "
+                                "copy its three folders again")
+            relevance[query][columns[page]] = score
+        judged = [row for row in queries if relevance[row[0]].any()]
+        records = [make_record({"text": f"{MARK} {args.prompt}", "images": [image]}, folder, where)
+                   for _, image, where in corpus]
+        records += [Record(str(text), [], where) for _, text, where in judged]
+        vectors = embed(records)
+        pages, asked = vectors[: len(corpus)], vectors[len(corpus) :]  # [C, D], [Q, D]
+        scores = [ndcg(pages @ vector, relevance[key])
+                  for vector, (key, _, _) in zip(asked, judged, strict=True)]
+        chance = [ndcg_by_chance(relevance[key]) for key, _, _ in judged]
+        yield folder.name, {"ndcg@5": float(np.mean(scores)), "queries": len(judged),
+                            "chance": float(np.mean(chance)), "pages": len(corpus),
+                            "queries without a right page": len(queries) - len(judged)}
+
+
+def ndcg(similarities: np.ndarray, relevance: np.ndarray) -> float:
+    """nDCG@5 of one query over [C] pages; among equals, and where NaN, the worst comes first."""
+    similarities = np.where(np.isnan(similarities), -np.inf, similarities)
+    order = np.lexsort((relevance, -similarities))
+    return discounted(relevance[order]) / discounted(np.sort(relevance)[::-1])
+
+
+def ndcg_by_chance(relevance: np.ndarray) -> float:
+    """What a random order scores on average."""
+    everywhere = np.full(len(relevance), relevance.mean())
+    return discounted(everywhere) / discounted(np.sort(relevance)[::-1])
+
+
+def discounted(gains: np.ndarray) -> float:
+    """The first five gains, each divided by log2(1 + rank)."""
+    return float((gains[:K] / np.log2(np.arange(2, len(gains[:K]) + 2))).sum())
+
+
+def task_folders(data: str) -> list[Path]:
+    """A benchmark's tasks: the folders in DATA that hold files of data."""
+    folders = sorted(path for path in Path(data).glob("*") if path.is_dir()
+                     and any(file.suffix in (".jsonl", ".parquet") for file in path.rglob("*")))
+    if not folders:
+        raise MocaError(f"--data {data} holds no task: give the folder that holds a folder a task")
+    return folders
+
+
+def rows(folder: Path, pattern: str = "*") -> Iterator[tuple[dict, str]]:
+    """The rows of the data files in a folder, each with its place."""
+    files = [file for file in sorted(folder.glob(pattern)) if file.suffix in FILE_KINDS]
+    if not files:
+        raise MocaError(f"{folder} holds no {pattern}.parquet or {pattern}.jsonl: copy it again")
+    for file in files:
+        yield from FILE_KINDS[file.suffix](file)
+
+
+def table(folder: Path, *columns: str) -> list[tuple]:
+    """The columns of all rows in a folder, and each row's place."""
+    kept = []
+    for fields, where in rows(folder):
+        if not isinstance(fields, dict) or not fields.keys() >= {*columns}:
+            raise MocaError(f"{where}: a row needs {', '.join(columns)}: copy the file again")
+        kept.append((*(fields[column] for column in columns), where))
+    return kept
+
+
+def averages(metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Means over tasks as the benchmark reports them; how many of its tasks were there is said."""
+    groups = {"overall": list(tasks)}
+    if metric == "precision@1":
+        halves = {kind: [half.split() for half in names.split("|")] for kind, names in MMEB.items()}
+        groups = {kind: sum(parts, []) for kind, parts in halves.items()}
+        groups["in distribution"] = sum((inside for inside, _ in halves.values()), [])
+        groups["out of distribution"] = sum((outside for _, outside in halves.values()), [])
+        groups["overall"] = groups["in distribution"] + groups["out of distribution"]
+    means = {}
+    for name, members in groups.items():
+        scores = [tasks[task][metric] for task in members if task in tasks]
+        if scores:
+            means[f"{name} ({len(scores)} of {len(members)} tasks)"] = float(np.mean(scores))
+    return means
+
+
+SCORERS = {"builtin": (builtin, "recall@1"), "mmeb": (mmeb, "precision@1"),
+           "vidore": (vidore, "ndcg@5")}
+
+
+def score(args: argparse.Namespace) -> None:
+    """The commands that score. What is done stands in the file after each task."""
+    scorer, metric = SCORERS[args.command]
+    tasks: dict[str, dict[str, float]] = {}
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    for name, scores in scorer(make_embedder(args), args):
+        tasks[name] = scores
+        print(f"{name:32s}", *(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
+        means = averages(metric, tasks)
+        write_json(Path(args.output), {"tasks": tasks, f"average {metric}": means})
+    print("; ".join(f"{name}: {mean:.3f}" for name, mean in means.items()), f"({metric})")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Choose the command and run it."""
     parser = Parser(description="Embed and score with a trained model.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("embed", allow_abbrev=False, help="items.jsonl to vectors.npy")
-    command.set_defaults(run=embed)
-    model_flags(command)
-    command.add_argument("--input", required=True, help="JSON lines of text and images")
-    command.add_argument("--output", required=True, help="the .npy file to write")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, about in (("embed", "items.jsonl to vectors.npy"),
+                        ("builtin", "score on the embedded default"),
+                        ("mmeb", "score on MMEB"), ("vidore", "score on ViDoRe")):
+        command = commands.add_parser(name, allow_abbrev=False, help=about)
+        command.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
+        command.add_argument("--output", required=True, help="the file to write")
+        command.add_argument("--attention", choices=ATTENTIONS, default=ATTENTIONS[0])
+        command.add_argument("--pooling", choices=("mean", "last"), default="mean")
+        command.add_argument("--dtype", choices=("float32", "bfloat16"),
+                             help="default: float32 on cpu, the checkpoint's own on cuda")
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if any")
+        for limit in ("--min-pixels", "--max-pixels"):
+            command.add_argument(limit, type=int, metavar="N", help="default: the checkpoint's")
+        if name == "embed":
+            command.add_argument("--input", required=True, help="JSON lines of text and images")
+        elif name == "builtin":
+            command.add_argument("--split", choices=("test", "development"), default="test")
+        else:
+            command.add_argument("--data", required=True, help="folder that holds a folder a task")
+    commands.choices["mmeb"].add_argument("--images", help="the images' folder (default: --data)")
+    commands.choices["vidore"].add_argument("--prompt", help="put beside each page",
+                                            default="Represent the given document image.")
     args = parser.parse_args(argv)
-    args.run(args)
+    embed(args) if args.command == "embed" else score(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The losses of both stages. Stage 1 restores hidden words and patches: one fused function.
+"""The losses of both stages.
+
+Stage 1 restores hidden words and patches: one fused function. Stage 2 pulls pairs together: InfoNCE
+over the batch of all ranks, and the gradient cache, at the end of this file.
 
 **Why logits eat memory.** The output layer compares every hidden token with all V = 151,936 words
 of Qwen's vocabulary. For R = 8,192 tokens that is 5 GB of float32 logits; cross entropy keeps their
@@ -29,7 +32,10 @@ float16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -156,3 +162,81 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+# --- stage 2 -------------------------------------------------------------------------------------
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in one matrix, with its gradient.
+
+    Forward, each rank writes its rows into zeros and the matrices are summed; backward, the
+    gradients that all ranks have for all rows are summed, and each rank takes its own. (Without
+    the second half, as in the released code, what a positive learns from other ranks' queries is
+    lost.)
+    """
+
+    @staticmethod
+    def forward(ctx, mine: Tensor, rows: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        whole = mine.new_zeros(total, mine.shape[1]).index_copy(0, rows, mine)
+        if dist.is_initialized():
+            dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,), grad = ctx.saved_tensors, grad.clone()
+        if dist.is_initialized():
+            dist.all_reduce(grad)
+        return grad[rows], None, None
+
+
+def gather(mine: Tensor, rows: Tensor, total: int) -> Tensor:
+    """mine [n, D], which stand in `rows` [n] of the whole -> the whole [total, D] on every rank."""
+    return _Gather.apply(mine, rows, total)
+
+
+def info_nce(
+    queries: Tensor,  # [n, D] this rank's, unit length
+    positives: Tensor,  # [n, D] theirs
+    negatives: Tensor,  # [M, D] all hard negatives of these queries
+    mine: Tensor,  # [n] int64, which of the B pairs of the batch these are
+    forbidden: Tensor,  # [n, B + M] bool, candidates that a query is not compared with
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """This rank's share of the contrastive loss (MoCa, section 3.2), and how many queries were
+    right.
+
+    A query's candidates are the positives of the whole batch, gathered from all ranks, and its own
+    hard negatives; the loss is the cross entropy of telling its positive among them by cosine /
+    temperature, in float32. The shares of all ranks add up to the mean over B pairs, and so do
+    their gradients. A query is right if its positive is nearer than all others: a tie is wrong.
+    """
+    B = forbidden.shape[1] - len(negatives)
+    candidates = torch.cat([gather(positives.float(), mine, B), negatives.float()])  # [B + M, D]
+    logits = queries.float() @ candidates.T / temperature  # [n, B + M]
+    logits = logits.masked_fill(forbidden, float("-inf"))
+    loss = F.cross_entropy(logits, mine, reduction="sum") / B
+    own = logits.gather(1, mine[:, None])  # [n, 1]
+    others = logits.scatter(1, mine[:, None], float("-inf"))  # [n, B + M]
+    return loss, (own > others).all(1).sum()
+
+
+def backward_through_cache(embed: Callable[[list], Tensor], chunks: list[list],
+                           loss: Callable[[Tensor], Tensor]) -> None:
+    """Backward through loss(embed(everything)) with one chunk's activations at a time (GradCache).
+
+    The loss needs all embeddings at once, and its gradient at each of them; but what lies below an
+    embedding needs nothing of the others. So: embed all chunks without a graph [M, D]; take the
+    loss and its gradient [M, D]; then embed each chunk again, now with a graph, and go on backward
+    from that gradient. Twice the forward passes, for the memory of one chunk. One chunk alone
+    needs no cache.
+    """
+    if len(chunks) == 1:
+        loss(embed(chunks[0])).backward()
+        return
+    with torch.no_grad():
+        vectors = torch.cat([embed(chunk) for chunk in chunks])  # [M, D]
+    loss(vectors.requires_grad_()).backward()
+    for chunk, grad in zip(chunks, vectors.grad.split([len(c) for c in chunks]), strict=True):
+        (embed(chunk) * grad).sum().backward()

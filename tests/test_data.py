@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.data import Draw, JsonLines, Records, TokenBatches, deal, open_data
+from nano_moca.data import Draw, JsonLines, TokenBatches, deal, load_records, open_data
 
 LINES = [
     {"text": "words alone", "images": []},
@@ -42,7 +42,7 @@ def make(mixed: Path, moca: Moca):
     def batches(budget: int = 150, seed: int = 0, *ranks: int, data: Path = mixed,
                 skipped: Path | None = None) -> TokenBatches:
         return TokenBatches(
-            Records(str(data), seed), moca.processor, budget, 1280, seed, *ranks, skipped=skipped)
+            load_records(str(data), seed), moca.processor, budget, 1280, seed, *ranks, skipped=skipped)
 
     return batches
 
@@ -54,7 +54,7 @@ def test_json_lines_and_parquet_hold_the_same_records(tmp_path: Path) -> None:
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     write_lines(tmp_path / "a.jsonl", LINES)
     parquet.write_table(pyarrow.Table.from_pylist(LINES), tmp_path / "b.parquet", row_group_size=3)
-    json_lines, rows = (Records(str(tmp_path / n), 0) for n in ("a.jsonl", "b.parquet"))
+    json_lines, rows = (load_records(str(tmp_path / n), 0) for n in ("a.jsonl", "b.parquet"))
     assert len(json_lines) == len(rows) == len(LINES)
     for index in (3, 0, 2, 1):
         ours, theirs = json_lines[index], rows[index]
@@ -71,7 +71,7 @@ def test_parquet_images_as_bytes(tmp_path: Path, golden: Path, moca: Moca) -> No
     picture = golden / "images" / "0-rgb-84x84.png"
     row = {"text": f"{MARK} x", "images": [{"bytes": picture.read_bytes(), "path": "gone.png"}]}
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
-    read = moca.processor.batch([Records(str(tmp_path / "a.parquet"), 0)[0]])
+    read = moca.processor.batch([load_records(str(tmp_path / "a.parquet"), 0)[0]])
     expected = moca.processor.batch([Record(f"{MARK} x", [picture])])
     assert read.patches.equal(expected.patches) and read.tokens.equal(expected.tokens)
 
@@ -82,7 +82,7 @@ def test_folder_of_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "b" / "2.jsonl", LINES[1:2])
     write_lines(tmp_path / "a.jsonl", LINES[:1])
     (tmp_path / "notes.txt").write_text("no data")
-    records = Records(str(tmp_path), 0)
+    records = load_records(str(tmp_path), 0)
     assert [records[n].text for n in range(len(records))] == [x["text"] for x in LINES[:2]]
     assert records[1].images == [tmp_path.resolve() / "b" / "a.png"]
 
@@ -90,7 +90,7 @@ def test_folder_of_files(tmp_path: Path) -> None:
 def test_last_line_without_end(tmp_path: Path) -> None:
     """A file whose last line has no line end holds that line too."""
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
-    records = Records(str(tmp_path / "a.jsonl"), 0)
+    records = load_records(str(tmp_path / "a.jsonl"), 0)
     assert [records[n].text for n in range(len(records))] == ["one", "two"]
 
 
@@ -122,7 +122,7 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
 def test_lines_that_are_no_record(tmp_path: Path, line: str, words: str) -> None:
     """Each is an error that names file and line and says what is wrong."""
     (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
-    records = Records(str(tmp_path / "a.jsonl"), 0)
+    records = load_records(str(tmp_path / "a.jsonl"), 0)
     assert records[0].text == "fine"
     with pytest.raises(MocaError, match=words) as caught:
         records[1]
@@ -134,7 +134,7 @@ def test_link_that_leaves_the_folder(tmp_path: Path, golden: Path) -> None:
     (tmp_path / "out").symlink_to(golden / "images")
     write_lines(tmp_path / "a.jsonl", [{"text": MARK, "images": ["out/0-rgb-84x84.png"]}])
     with pytest.raises(MocaError, match="outside"):
-        Records(str(tmp_path / "a.jsonl"), 0)[0]
+        load_records(str(tmp_path / "a.jsonl"), 0)[0]
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
