@@ -1,0 +1,263 @@
+"""Stage 2's data: pairs from files, and the plan of batches of one task."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nano_moca import MARK, Moca, MocaError, Record
+from nano_moca.data import KINDS, Pair, PairBatches, load_tasks, record_key
+
+
+def line(task: str = "find", kind: str = "text-only", query: object = None,
+         positive: object = None, **more: object) -> dict:
+    """A line of stage 2's data."""
+    query, positive = query or {"text": "a question"}, positive or {"text": "an answer"}
+    return {"task": task, "kind": kind, "query": query, "positive": positive, **more}
+
+
+def write(path: Path, lines: list) -> Path:
+    """A JSON lines file; a text is a line as it is."""
+    texts = (text if isinstance(text, str) else json.dumps(text) for text in lines)
+    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def pairs(name: str, count: int, negatives: int = 0) -> list[Pair]:
+    """Pairs of texts that say which they are."""
+    return [Pair(Record(f"{name} {i}?"), Record(f"{name} {i}."),
+                 [Record(f"{name} {i} not {k}") for k in range(negatives)]) for i in range(count)]
+
+
+@pytest.fixture
+def batches(moca: Moca) -> Callable[..., PairBatches]:
+    """PairBatches over named tasks: batches({name: size}, batch=, ...)."""
+
+    def batches(sizes: dict[str, int], batch: int = 4, negatives: int = 0, hard: int = 2,
+                **more: object) -> PairBatches:
+        tasks = {name: pairs(name, size, negatives) for name, size in sizes.items()}
+        return PairBatches(tasks, moca.processor, batch, 64, hard, **{"seed": 0, **more})
+
+    return batches
+
+
+def texts(moca: Moca, items: list) -> list[str]:
+    """What encoded records say."""
+    return [moca.processor.tokenizer.decode(item.tokens.tolist()) for item in items]
+
+
+# --- files --------------------------------------------------------------------------------------
+
+def test_a_file_says_its_tasks(tmp_path: Path) -> None:
+    """Lines fall into tasks by name, in order, with images relative to the file; parquet too."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    picture = {"text": MARK, "images": ["a.png"]}
+    lines = [line("one", query={"text": f"q{i}"}) for i in range(3)]
+    lines += [line("two", "image-text", picture, negatives=[{"text": "no"}, picture])]
+    write(tmp_path / "data.jsonl", lines)
+    tasks = load_tasks(str(tmp_path), 0)
+    assert {name: (len(task), task.kind) for name, task in tasks.items()} == {
+        "one": (3, "text-only"), "two": (1, "image-text")}
+    assert [pair.query.text for pair in tasks["one"]] == ["q0", "q1", "q2"]
+    pair = tasks["two"][0]
+    assert pair.query.images == [tmp_path / "a.png"] == pair.negatives[1].images
+    assert pair.query.source.endswith("data.jsonl:4 query")
+
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "rows").mkdir()
+    inside = [{**each, "negatives": each.get("negatives", [])} for each in lines[:3]]
+    parquet.write_table(arrow.Table.from_pylist(inside), tmp_path / "rows" / "data.parquet")
+    rows = load_tasks(str(tmp_path / "rows"), 0)
+    assert [pair.query.text for pair in rows["one"]] == ["q0", "q1", "q2"]
+
+
+@pytest.mark.parametrize(("bad", "says"), [
+    ("{not json", "not JSON"), ("[1]", '"task"'), (line(task=3), '"task"'),
+    (line(kind="images"), "long-document"), ({"query": {"text": "a"}}, '"task"'),
+    (line("good", "image-text"), "task good is image-text here and text-only before"),
+])
+def test_lines_without_a_task(tmp_path: Path, bad: object, says: str) -> None:
+    """Named with file and line when the file is opened; or listed, and the others used."""
+    path = write(tmp_path / "data.jsonl", [line("good"), bad, line("good")])
+    with pytest.raises(MocaError, match="data.jsonl:2") as caught:
+        load_tasks(str(path), 0)
+    assert says in str(caught.value)
+    unusable: list[str] = []
+    assert len(load_tasks(str(path), 0, unusable)["good"]) == 2
+    assert len(unusable) == 1 and "data.jsonl:2" in unusable[0]
+
+
+@pytest.mark.parametrize(("bad", "says"), [
+    (line(query="text"), "2 query"), (line(positive={"images": []}), "2 positive"),
+    (line(negatives={"text": "a"}), "negatives"), (line(negatives=["a"]), "2 negative 1"),
+    (line(query={"text": "a", "images": ["../a.png"]}), "outside"),
+    (line(query={"text": MARK, "images": ["none.png"]}), "none.png"),
+    (line(positive={"text": " "}), "empty"), (line(positive={"text": MARK}), "1 image marks"),
+])
+def test_pairs_that_cannot_be_used(tmp_path: Path, moca: Moca, bad: dict, says: str) -> None:
+    """The first stops the run and is named; with a file to list them in, the others are used."""
+    path = write(tmp_path / "data.jsonl", [line(), bad, line(query={"text": "third"})])
+    with pytest.raises(MocaError, match="data.jsonl:2") as caught:
+        next(PairBatches(load_tasks(str(path), 0), moca.processor, 3, 64, 2, 0))
+    assert says in str(caught.value)
+    listed = tmp_path / "skipped.jsonl"
+    tasks = load_tasks(str(path), 0)
+    drawn = next(PairBatches(tasks, moca.processor, 3, 64, 2, 0, skipped=listed))
+    assert drawn.batch == 2 and drawn.state["skipped"] == 1
+    (reason,) = map(json.loads, listed.read_text().splitlines())
+    assert says in reason["reason"] and reason["count"] == 1
+
+
+def test_nothing_can_be_used(tmp_path: Path, moca: Moca) -> None:
+    """An epoch without a usable pair ends in an error, not in an endless search."""
+    path = write(tmp_path / "data.jsonl", [line(query={"text": " "})] * 4)
+    batches = PairBatches(load_tasks(str(path), 0), moca.processor, 2, 64, 2, 0,
+                          skipped=tmp_path / "skipped.jsonl")
+    with pytest.raises(MocaError, match="no pair"):
+        next(batches)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_epoch_has_each_pair_once(batches: Callable, seed: int) -> None:
+    """Random sizes of tasks and batches: in each epoch no pair twice, none left out but a last
+    partial batch of its task, which is another in the next epoch; tasks in proportion."""
+    random = np.random.default_rng(seed)
+    batch = int(random.integers(2, 9))
+    sizes = {f"t{i}": int(random.integers(batch, 60)) for i in range(random.integers(1, 6))}
+    plan = batches(sizes, batch, seed=seed)
+    left_out = []
+    for epoch in range(3):
+        seen: dict[str, list[int]] = {name: [] for name in sizes}
+        for name, number in plan.plan(epoch):
+            members = plan.members(name, number)
+            assert len(members) == batch
+            seen[name] += members
+        for name, size in sizes.items():
+            assert len(seen[name]) == len({*seen[name]}) == size // batch * batch
+            assert {*seen[name]} <= {*range(size)}
+        left_out.append([sorted({*range(size)} - {*seen[name]}) for name, size in sizes.items()])
+    orders = [[name for name, _ in plan.plan(epoch)] for epoch in range(3)]
+    if len(sizes) > 1 and len(orders[0]) > 12:
+        assert orders[0] != orders[1], "tasks follow each other alike in every epoch"
+    if all(size % batch and size > 3 * batch for size in sizes.values()):
+        assert left_out[0] != left_out[1] or left_out[1] != left_out[2]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_tasks_in_proportion_to_a_power_of_their_size(batches: Callable, alpha: float, seed: int
+                                                      ) -> None:
+    """A task's steps are size^alpha of all, to one step; and however often a task's turn comes, no
+    pair is seen a second time before all (but for a partial batch) were seen once."""
+    random = np.random.default_rng((seed, 1))
+    sizes = {f"t{i}": 4 * int(random.integers(1, 40)) for i in range(random.integers(2, 6))}
+    plan = batches(sizes, 4, alpha=alpha, seed=seed)
+    weights = {name: (size // 4) ** alpha for name, size in sizes.items()}
+    taken: Counter = Counter()
+    seen: dict[str, list[int]] = {name: [] for name in sizes}
+    for epoch in range(4):
+        steps = plan.plan(epoch)
+        assert len(steps) == sum(sizes.values()) // 4
+        counts = Counter(name for name, _ in steps)
+        for name, weight in weights.items():
+            share = len(steps) * weight / sum(weights.values())
+            assert abs(counts[name] - share) < 1
+        for name, number in sorted(steps, key=lambda step: step[1]):
+            assert number == taken[name], "a batch of a task is skipped or comes twice"
+            taken[name] += 1
+            seen[name] += plan.members(name, number)
+    for name, size in sizes.items():
+        whole = len(seen[name]) // size
+        for turn in range(whole):
+            assert len({*seen[name][turn * size : (turn + 1) * size]}) == size
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_divide_a_step(batches: Callable, moca: Moca, world: int) -> None:
+    """All ranks take part in the same batch of one task; together they have each pair once."""
+    whole = batches({"a": 20, "b": 30}, 7, negatives=2)
+    ranks = [batches({"a": 20, "b": 30}, 7, negatives=2, rank=r, world=world) for r in range(world)]
+    for _ in range(8):
+        alone, parts = next(whole), [next(rank) for rank in ranks]
+        assert {part.task for part in parts} == {alone.task}
+        assert {part.batch for part in parts} == {7} and {part.tokens for part in parts} == {
+            alone.tokens}
+        assert sorted(sum((part.mine.tolist() for part in parts), [])) == list(range(7))
+        for part in parts:
+            for i, pair in enumerate(part.mine.tolist()):  # the same pairs as alone
+                for offset, other in ((0, 0), (len(part.mine), 7)):
+                    assert np.array_equal(part.items[offset + i].tokens,
+                                          alone.items[other + pair].tokens)
+            assert part.largest == max(len(other.items) for other in parts)
+        assert alone.state == parts[0].state
+        said = texts(moca, alone.items)
+        assert all(text.startswith(alone.task) for text in said), "a batch mixes tasks"
+
+
+def test_a_plan_resumes(batches: Callable) -> None:
+    """From a state, the steps that would have come."""
+    first, second = batches({"a": 9, "b": 21}), batches({"a": 9, "b": 21})
+    for _ in range(9):
+        drawn = next(first)
+    second.state = drawn.state
+    for _ in range(5):
+        one, two = next(first), next(second)
+        assert one.task == two.task and one.state == two.state
+        assert all(np.array_equal(a.tokens, b.tokens)
+                   for a, b in zip(one.items, two.items, strict=True))
+
+
+def test_a_task_smaller_than_a_batch(batches: Callable) -> None:
+    """It would never come: an error that names it."""
+    with pytest.raises(MocaError, match="task small has 3 pairs"):
+        batches({"large": 20, "small": 3})
+
+
+def test_hard_negatives_take_turns(batches: Callable, moca: Moca) -> None:
+    """At most as many as asked for; each of a pair's comes in some pass; none when 0."""
+    plan, seen = batches({"a": 4}, negatives=3, hard=2), Counter()
+    for _ in range(3):
+        drawn = next(plan)
+        assert len(drawn.items) == 4 + 4 + 8
+        seen.update(texts(moca, drawn.items[8:]))
+    assert len(seen) == 12 and {*seen.values()} == {2}
+    assert len(next(batches({"a": 4}, negatives=1, hard=2)).items) == 4 + 4 + 4
+    assert len(next(batches({"a": 4}, negatives=3, hard=0)).items) == 8
+
+
+# --- what is not a negative ---------------------------------------------------------------------
+
+def test_equal_positives_are_no_negatives(moca: Moca) -> None:
+    """Equal in text and image; and a hard negative counts for its own query only, unless it is the
+    positive itself."""
+    red, green = Image.new("RGB", (56, 56), "red"), Image.new("RGB", (56, 56), "green")
+    answers = [Record("yes", [], "1"), Record("no", [], "2"), Record("yes", [], "3"),
+               Record(MARK, [red]), Record(MARK, [green]), Record(MARK, [red.copy()])]
+    hard = [[Record("yes"), Record("other")], [], [Record("no")], [], [Record(MARK, [red])], []]
+    task = [Pair(Record(f"{i}?"), answer, near)
+            for i, (answer, near) in enumerate(zip(answers, hard, strict=True))]
+    drawn = next(PairBatches({"a": task}, moca.processor, 6, 64, 2, 0))
+    order = [int(text[0]) for text in texts(moca, drawn.items[:6])]  # the pair at each place
+    assert [order[i] for i in drawn.mine.tolist()] == order
+    alike = {(0, 2), (2, 0), (3, 5), (5, 3)}
+    owners = [(pair, near) for pair in order for near in hard[pair]]
+    for row, query in enumerate(order):
+        for column, pair in enumerate(order):
+            assert drawn.forbidden[row, column] == ((query, pair) in alike)
+        for column, (pair, near) in enumerate(owners, 6):
+            allowed = pair == query and record_key(near) != record_key(answers[query])
+            assert drawn.forbidden[row, column] == (not allowed)
+    assert drawn.forbidden.shape == (6, 6 + 4) and drawn.forbidden.dtype == torch.bool
+
+
+def test_kinds() -> None:
+    """The three of the paper."""
+    assert KINDS == ("long-document", "image-text", "text-only")
