@@ -38,7 +38,7 @@ from nano_moca.weights import build, find_checkpoint
 BASE = Path(__file__).parent / "nano_moca" / "base"
 STAGE_1 = Path("runs/cpt/model")
 REPORT_PAIRS = 200  # of each task, for the report at the end
-MAY_CHANGE = {"output", "save_every", "resume", "device"}  # when a run is resumed
+MAY_CHANGE = {"output", "steps", "save_every", "resume", "device"}  # when a run is resumed
 
 
 @dataclass
@@ -138,9 +138,17 @@ def train(flags: Flags) -> None:
     keep_lines(output / "skipped.jsonl", batches.state["skipped"], world)
     log = Log(output / "log.jsonl", world, flags.steps, done)
 
-    def embed(items: list[Encoded]) -> Tensor:
-        batch = processor.pack(items).to(world.device)
-        return model.embed(batch, causal, pooling)
+    if world.main:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{flags.model} -> {output}: {parameters:,} parameters, steps {done + 1} to "
+              f"{flags.steps} of {flags.batch} pairs, {world.size} rank(s) on "
+              f"{world.device.type}, products in {world.dtype}, all else in float32, "
+              f"attention {flags.attention}, {pooling} pooling, seed {flags.seed}; steps of an epoch: "
+              + ", ".join(f"{name} {count}" for name, count in batches.counts.items()), flush=True)
+
+    def embed(items: list[Encoded]) -> Tensor:  # [items, D]
+        batch = processor.pack(items or [drawn.spare]).to(world.device)
+        return model.embed(batch, causal, pooling)[: len(items)]
 
     loader, seen = prefetch(batches.__next__), batches.state
     for step in range(done + 1, flags.steps + 1):

@@ -392,7 +392,7 @@ class PairBatches:
         items = [[items[0] for _, items in mine], [items[1] for _, items in mine],
                  [item for _, items in mine for item in items[2:]]]
         return Contrast(
-            task=name, items=sum(items, []), mine=torch.tensor(shares[self.rank]),
+            task=name, items=sum(items, []), mine=torch.tensor(shares[self.rank], dtype=torch.int64),
             forbidden=self._forbidden([pair for pair, _ in pairs], shares[self.rank]),
             batch=len(pairs), spare=pairs[0][1][0], tokens=sum(costs), state=dict(self.state),
             largest=max(sum(len(pairs[i][1]) for i in share) for share in shares))
@@ -412,13 +412,10 @@ class PairBatches:
         """[n, B + M]: positives that equal the query's own, and hard negatives that do or that are
         another query's."""
         keys = [record_key(pair.positive) for pair in pairs]  # B
-        rows = []
-        for i in mine:
-            equal = [j != i and key == keys[i] for j, key in enumerate(keys)]
-            owned = [j != i or record_key(negative) == keys[i]
-                     for j in mine for negative in pairs[j].negatives]
-            rows.append(equal + owned)
-        return torch.tensor(rows, dtype=torch.bool).view(len(mine), -1)
+        negatives = [(j, record_key(negative)) for j in mine for negative in pairs[j].negatives]
+        rows = [[j != i and key == keys[i] for j, key in enumerate(keys)]
+                + [j != i or key == keys[i] for j, key in negatives] for i in mine]
+        return torch.tensor(rows, dtype=torch.bool).view(len(mine), len(keys) + len(negatives))
 
     def _skip(self, reasons: Sequence[str]) -> None:
         """Count and list what cannot be used."""

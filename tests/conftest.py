@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import nano_moca
 from nano_moca import MARK, Moca, Record
 
+pytest_plugins = ["launching"]  # its fixtures start runs of the training scripts
 GOLDEN = Path(__file__).resolve().parent / "golden"
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 

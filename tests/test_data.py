@@ -41,8 +41,9 @@ def make(mixed: Path, moca: Moca):
 
     def batches(budget: int = 150, seed: int = 0, *ranks: int, data: Path = mixed,
                 skipped: Path | None = None) -> TokenBatches:
+        records = load_records(str(data), seed)
         return TokenBatches(
-            load_records(str(data), seed), moca.processor, budget, 1280, seed, *ranks, skipped=skipped)
+            records, moca.processor, budget, 1280, seed, *ranks, skipped=skipped)
 
     return batches
 

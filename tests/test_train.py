@@ -1,21 +1,15 @@
 """Stage 1 from the outside: what a run of train_cpt.py writes, repeats, survives and refuses.
 
-Most runs are the command's own lines in a process forked from a server that has imported torch
-once; one run on one rank and one on two go through the real command line.
+One run on one rank and one on two go through the real command line; for the others see
+launching.py.
 """
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,187 +20,28 @@ from safetensors.torch import load_file, save_file
 
 import nano_moca
 import train_cpt
+from launching import (
+    SMALL, assert_equal_run, assert_same_run, read_log, read_weights, torchrun, wait_for, words,
+    write_data,
+)
 from nano_moca import MARK, MocaError
 
-SCRIPT = Path(train_cpt.__file__)
-FIGURES = ("loss", "mlm_loss", "mae_loss", "lr", "grad_norm", "tokens")  # of a step, but for speed
-STEPS, REPORT_TOKENS = 6, 150
-PATIENCE = 120  # seconds until a run counts as hanging
-
-
-def child(words: list[str], said: Path, environment: dict[str, str], file_size: int | None) -> None:
-    """In a forked process: what `python train_cpt.py WORDS` does, but for the pictures, and with a
-    smaller report."""
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        stream.flush()
-        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = [str(SCRIPT), *words]
-    if file_size is not None:  # no file may grow beyond it: as on a full disk
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    train_cpt.REPORT_TOKENS = REPORT_TOKENS
-    train_cpt.plot_losses = train_cpt.plot_restorations = lambda *_: None
-    train_cpt.run(lambda: train_cpt.train(train_cpt.parse_flags(train_cpt.Flags, None, "")))
-
-
-@dataclass
-class Job:
-    """A run under way: its ranks' processes, and the file that their output goes to."""
-
-    ranks: list[multiprocessing.process.BaseProcess]
-    said: Path
-
-    def wait(self) -> int:
-        """The exit code; as torchrun does, the other ranks are killed when one fails."""
-        end = time.monotonic() + PATIENCE
-        while (codes := [rank.exitcode for rank in self.ranks]) and None in codes:
-            if any(codes) or time.monotonic() > end:
-                break
-            time.sleep(0.02)
-        self.kill()
-        assert any(codes) or None not in codes, f"hangs after: {self.output}"
-        return next((code for code in codes if code), 0)
-
-    def kill(self) -> None:
-        """SIGKILL, at once."""
-        for rank in self.ranks:
-            rank.kill()
-            rank.join()
-
-    @property
-    def output(self) -> str:
-        """Standard output and error so far."""
-        return self.said.read_text() if self.said.exists() else ""
+SCRIPT = train_cpt
+STEPS = 6
+DEFAULTS = f"--steps {STEPS} --batch-tokens 300 --device cpu"
+FIGURES = {"step", "loss", "mlm_loss", "mae_loss", "lr", "grad_norm", "tokens"}  # but for speed
 
 
 @pytest.fixture(scope="module")
-def launch(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Job]]:
-    """Start a run: launch(output, *flags, ranks=, file_size=)."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    folder, jobs = tmp_path_factory.mktemp("said"), []
-
-    def launch(output: Path | str, *flags: str | Path, ranks: int = 1,
-               file_size: int | None = None) -> Job:
-        said, processes = folder / str(len(jobs)), []
-        words = [*defaults(golden, output), *map(str, flags)]
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        for rank in range(ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}  # as torchrun sets them
-            environment = address | {name: str(value) for name, value in place.items()}
-            environment = environment if ranks > 1 else {}
-            processes.append(context.Process(
-                target=child, args=(words, said, environment, file_size), daemon=True))
-            processes[-1].start()
-        jobs.append(Job(processes, said))
-        return jobs[-1]
-
-    yield launch
-    for job in jobs:
-        job.kill()
-
-
-@pytest.fixture(scope="module")
-def run(launch: Callable[..., Job], mixed: Path) -> Callable[..., Path]:
-    """A run over the mixed data (or other flags') that has to succeed: run(output, *flags, ...)."""
-
-    def run(output: Path, *flags: str | Path, **more: int) -> Path:
-        job = launch(output, "--data", mixed, *flags, **more)
-        assert job.wait() == 0, job.output
-        return output
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def plain(golden: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of the real command on one rank: what all variations are compared with."""
-    output = tmp_path_factory.mktemp("plain") / "run"
-    command = [sys.executable, SCRIPT, *defaults(golden, output), "--data", mixed]
-    done = command_line(command)
-    assert done.returncode == 0, done.stderr
-    assert "steps 1 to 6" in done.stdout and "Traceback" not in done.stderr
-    return output
-
-
-def defaults(golden: Path, output: Path | str) -> list[str]:
-    """The flags that all runs here share."""
-    flags = f"--steps {STEPS} --batch-tokens 300 --device cpu".split()
-    return ["--model", str(golden / "qwen2.5-vl"), "--output", str(output), *flags]
-
-
-def command_line(words: list) -> subprocess.CompletedProcess:
-    """Run a command to its end."""
-    return subprocess.run(
-        list(map(str, words)), capture_output=True, text=True, timeout=PATIENCE, cwd=SCRIPT.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def data(mixed: Path) -> Path:
+    """What the runs here learn from."""
+    return mixed
 
 
 def in_process(golden: Path, output: Path, *flags: str | Path) -> None:
     """The same run in this process: errors can be caught, and functions replaced."""
-    words = [*defaults(golden, output), *map(str, flags)]
-    train_cpt.train(train_cpt.parse_flags(train_cpt.Flags, words, ""))
-
-
-def read_log(output: Path) -> list[dict]:
-    """The steps of a run."""
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def read_weights(output: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's model."""
-    return load_file(output / "model" / "model.safetensors")
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    """Between the weights of two runs."""
-    ours, theirs = read_weights(one), read_weights(other)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
-
-
-def write_data(path: Path, records: list[dict | str]) -> Path:
-    """A JSON lines file; a text is a line as it is."""
-    lines = (line if isinstance(line, str) else json.dumps(line) for line in records)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """The same figures at every step and the same weights at the end, but for rounding.
-
-    Measured for two ranks: losses within 5e-6 and gradient norms within 5e-5 of each other, weights
-    within 4e-5 (where the gradient is close to nothing, Adam enlarges its rounding).
-    """
-    ours, theirs = read_log(one), read_log(other)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for mine, its in zip(ours, theirs, strict=True):
-        for name in FIGURES:
-            assert mine[name] == pytest.approx(its[name], rel=1e-4), (mine["step"], name)
-    assert largest_difference(one, other) < 1e-4
-
-
-def assert_equal_run(one: Path, other: Path) -> None:
-    """The same figures at every step, once each, and weights that are equal to the bit."""
-    ours, theirs = read_log(one), read_log(other)
-    assert [line["step"] for line in ours] == list(range(1, len(theirs) + 1))
-    assert [[line[name] for name in FIGURES] for line in ours] == [
-        [line[name] for name in FIGURES] for line in theirs]
-    assert largest_difference(one, other) == 0
-    scores = (json.loads((output / "scores.json").read_text()) for output in (one, other))
-    assert next(scores).keys() == next(scores).keys()
+    line = words(golden, output, DEFAULTS, *flags)
+    train_cpt.train(train_cpt.parse_flags(train_cpt.Flags, line, ""))
 
 
 # --- what a run writes --------------------------------------------------------------------------
@@ -218,7 +53,7 @@ def test_what_a_run_writes(plain: Path, golden: Path) -> None:
     log = read_log(plain)
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     for line in log:
-        assert set(line) == {*FIGURES, "step", "tokens_per_second"}
+        assert set(line) == {*FIGURES, "tokens_per_second"}
         assert line["loss"] == pytest.approx(line["mlm_loss"] + 0.5 * line["mae_loss"])
         assert 0 < line["tokens"] <= 300 and line["tokens_per_second"] > 0 < line["grad_norm"]
     assert log[-1]["loss"] < log[0]["loss"]
@@ -268,9 +103,7 @@ def test_same_command_same_bits(plain: Path, run: Callable, tmp_path: Path) -> N
 
 def test_two_ranks_change_nothing(plain: Path, golden: Path, mixed: Path, tmp_path: Path) -> None:
     """torchrun with two processes logs the losses of one and ends with its weights."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                "--master_addr", "127.0.0.1", "--master_port", free_port()]
-    done = command_line([*torchrun, SCRIPT, *defaults(golden, tmp_path / "two"), "--data", mixed])
+    done = torchrun(train_cpt, words(golden, tmp_path / "two", DEFAULTS, "--data", mixed))
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "two", plain)
     names = sorted(path.name for path in (tmp_path / "two" / "checkpoint").iterdir())
@@ -327,10 +160,7 @@ def test_killed_and_resumed(plain: Path, launch: Callable, run: Callable, mixed:
     for number, lines in enumerate(moments):
         job = launch(output, "--data", mixed, *flags, *["--resume"] * (number > 0))
         log = output / "log.jsonl"
-        end = time.monotonic() + PATIENCE
-        while not log.exists() or log.read_bytes().count(b"\n") < lines:
-            assert job.ranks[0].exitcode is None and time.monotonic() < end, job.output
-            time.sleep(0.002)
+        wait_for(job, lambda: log.exists() and log.read_bytes().count(b"\n") >= lines)
         time.sleep(random.uniform(0, 0.15))  # in the step after, or while it is saved
         job.kill()
         assert job.ranks[0].exitcode == -signal.SIGKILL, "it ended before it was killed"
@@ -347,10 +177,7 @@ def test_resumed_on_two_ranks(run: Callable, plain: Path, launch: Callable, mixe
     """Two ranks resume two ranks' checkpoint, and end where one rank ends without a break."""
     output, flags = tmp_path / "run", ("--save-every", "2")
     job = launch(output, "--data", mixed, *flags, ranks=2)
-    end = time.monotonic() + PATIENCE
-    while not (output / "checkpoint").exists():
-        assert job.ranks[0].exitcode is None and time.monotonic() < end, job.output
-        time.sleep(0.002)
+    wait_for(job, (output / "checkpoint").exists)
     job.kill()
     alone = launch(output, "--data", mixed, *flags, "--resume")
     assert alone.wait() == 1 and "ranks" in alone.output and "Traceback" not in alone.output
@@ -386,7 +213,7 @@ def test_resumed_with_other_flags(plain: Path, golden: Path, mixed: Path, tmp_pa
 def ablated(golden: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ) -> Callable[..., list[dict]]:
     """The log of two steps with other flags, run in this process."""
-    monkeypatch.setattr(train_cpt, "REPORT_TOKENS", REPORT_TOKENS)
+    monkeypatch.setattr(train_cpt, "REPORT_TOKENS", SMALL["train_cpt"]["REPORT_TOKENS"])
 
     def ablated(*flags: str) -> list[dict]:
         in_process(golden, tmp_path / "run", "--data", mixed, "--steps", "2", *flags)

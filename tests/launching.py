@@ -1,0 +1,228 @@
+"""How tests run a training script from the outside: its command line, ranks, kills, comparisons.
+
+Most runs are the command's own lines in a process forked from a server that has imported torch
+once. A test module says by `SCRIPT` which script it tests, by `DEFAULTS` which flags its runs
+share, and by a fixture `data` what they learn from; the fixtures below then start that script.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 120  # seconds until a run counts as hanging
+# reports at the end on few records, and without pictures: they are looked at once
+SMALL = {"train_cpt": {"REPORT_TOKENS": 150, "plot_losses": None, "plot_restorations": None},
+         "train_cl": {"REPORT_PAIRS": 4, "plot_losses": None, "plot_retrieval": None,
+                      "plot_similarity": None}}
+
+
+def shrink(script: ModuleType) -> None:
+    """Make a script's report small."""
+    for name, value in SMALL[script.__name__].items():
+        setattr(script, name, value if value is not None else lambda *_: None)
+
+
+def child(name: str, words: list[str], said: Path, environment: dict[str, str],
+          file_size: int | None) -> None:
+    """In a forked process: what `python NAME.py WORDS` does, but for the size of its report."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    script = importlib.import_module(name)
+    sys.argv = [script.__file__, *words]
+    if file_size is not None:  # no file may grow beyond it: as on a full disk
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    shrink(script)
+    script.run(lambda: script.train(script.parse_flags(script.Flags, None, "")))
+
+
+@dataclass
+class Job:
+    """A run under way: its ranks' processes, and the file that their output goes to."""
+
+    ranks: list[multiprocessing.process.BaseProcess]
+    said: Path
+
+    def wait(self) -> int:
+        """The exit code; as torchrun does, the other ranks are killed when one fails."""
+        end = time.monotonic() + PATIENCE
+        while (codes := [rank.exitcode for rank in self.ranks]) and None in codes:
+            if any(codes) or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        self.kill()
+        assert any(codes) or None not in codes, f"hangs after: {self.output}"
+        return next((code for code in codes if code), 0)
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+
+    @property
+    def output(self) -> str:
+        """Standard output and error so far."""
+        return self.said.read_text() if self.said.exists() else ""
+
+
+def words(golden: Path, output: Path | str, defaults: str, *flags: str | Path) -> list[str]:
+    """The command line of a run."""
+    start = ["--model", str(golden / "qwen2.5-vl"), "--output", str(output), *defaults.split()]
+    return [*start, *map(str, flags)]
+
+
+@pytest.fixture(scope="module")
+def launch(golden: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+           ) -> Iterator[Callable[..., Job]]:
+    """Start a run: launch(output, *flags, ranks=, file_size=)."""
+    script, defaults = request.module.SCRIPT.__name__, request.module.DEFAULTS
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *SMALL])
+    folder, jobs = tmp_path_factory.mktemp("said"), []
+
+    def launch(output: Path | str, *flags: str | Path, ranks: int = 1,
+               file_size: int | None = None) -> Job:
+        said, processes = folder / str(len(jobs)), []
+        line = words(golden, output, defaults, *flags)
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}  # as torchrun sets them
+            environment = address | {name: str(value) for name, value in place.items()}
+            environment = environment if ranks > 1 else {}
+            processes.append(context.Process(
+                target=child, args=(script, line, said, environment, file_size), daemon=True))
+            processes[-1].start()
+        jobs.append(Job(processes, said))
+        return jobs[-1]
+
+    yield launch
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture(scope="module")
+def run(launch: Callable[..., Job], data: Path) -> Callable[..., Path]:
+    """A run over the module's data (or other flags') that has to succeed: run(output, *flags)."""
+
+    def run(output: Path, *flags: str | Path, **more: int) -> Path:
+        job = launch(output, "--data", data, *flags, **more)
+        assert job.wait() == 0, job.output
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(golden: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
+          request: pytest.FixtureRequest) -> Path:
+    """The output of the real command on one rank: what all variations are compared with."""
+    output, script = tmp_path_factory.mktemp("plain") / "run", request.module.SCRIPT
+    line = words(golden, output, request.module.DEFAULTS, "--data", data)
+    done = command_line([sys.executable, script.__file__, *line])
+    assert done.returncode == 0, done.stderr
+    assert "steps 1 to 6" in done.stdout and "Traceback" not in done.stderr
+    return output
+
+
+def torchrun(script: ModuleType, line: list[str]) -> subprocess.CompletedProcess:
+    """The script by torchrun, on two ranks."""
+    return command_line([
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr",
+        "127.0.0.1", "--master_port", free_port(), script.__file__, *line])
+
+
+def command_line(words: list) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    return subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(job: Job, condition: Callable[[], bool]) -> None:
+    """Until the condition holds, while the job runs."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert job.ranks[0].exitcode is None and time.monotonic() < end, job.output
+        time.sleep(0.002)
+
+
+def read_log(output: Path) -> list[dict]:
+    """The steps of a run."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def read_weights(output: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's model."""
+    return load_file(output / "model" / "model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the weights of two runs."""
+    ours, theirs = read_weights(one), read_weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+
+
+def write_data(path: Path, records: list[dict | str]) -> Path:
+    """A JSON lines file; a text is a line as it is."""
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in records)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def figures(line: dict) -> dict:
+    """What a step logged, but for its speed."""
+    return {name: value for name, value in line.items() if name != "tokens_per_second"}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same figures at every step and the same weights at the end, but for rounding.
+
+    Measured for two ranks: losses within 5e-6 and gradient norms within 5e-5 of each other, weights
+    within 4e-5 (where the gradient is close to nothing, Adam enlarges its rounding).
+    """
+    ours, theirs = read_log(one), read_log(other)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.get("task") == its.get("task")
+        for name in figures(mine).keys() - {"task"}:
+            assert mine[name] == pytest.approx(its[name], rel=1e-4), (mine["step"], name)
+    assert largest_difference(one, other) < 1e-4
+
+
+def assert_equal_run(one: Path, other: Path) -> None:
+    """The same figures at every step, once each, and weights that are equal to the bit."""
+    ours, theirs = read_log(one), read_log(other)
+    assert [line["step"] for line in ours] == list(range(1, len(theirs) + 1))
+    assert list(map(figures, ours)) == list(map(figures, theirs))
+    assert largest_difference(one, other) == 0
+    scores = (json.loads((output / "scores.json").read_text()) for output in (one, other))
+    assert next(scores).keys() == next(scores).keys()
