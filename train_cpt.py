@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nano_moca.config import MocaError, load_config, write_json
+from nano_moca.config import BASE, MocaError, load_config, write_json
 from nano_moca.data import Draw, Records, TokenBatches
 from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import Corruption, corrupt, next_token
@@ -32,7 +32,6 @@ from nano_moca.trainer import (
 )
 from nano_moca.weights import build, find_checkpoint
 
-BASE = Path(__file__).parent / "nano_moca" / "base"
 REPORT_TOKENS = 8192  # of unseen records, for the report at the end
 MAY_CHANGE = {"output", "steps", "save_every", "resume", "device"}  # when a run is resumed
 
