@@ -15,9 +15,10 @@ Left out: reading images, which both need, and making positions, which both are 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nano_moca import load
@@ -28,7 +29,6 @@ from nano_moca.trainer import flag, parse_flags, run
 from nano_moca.weights import find_checkpoint
 
 BATCHES, REPEATS = 2, 3  # batches of each mix; measurements of each, whose median counts
-Engine = Callable[[Batch], Tensor]  # a packed batch -> hidden states [T, D]
 
 
 @dataclass
@@ -52,28 +52,19 @@ def make_mixes(processor: Processor, flags: Flags) -> dict[str, list[Batch]]:
             for mix, items in (("mixed", mixed), ("sorted", ordered), ("equal", equal))}
 
 
-def transformers_engine(flags: Flags) -> Engine:
-    """The same weights in transformers, fed as usual: a row a record, padded to the longest."""
-    from transformers import AutoModelForImageTextToText
-
-    theirs = AutoModelForImageTextToText.from_pretrained(
-        find_checkpoint(flags.model), dtype=flags.dtype, attn_implementation="sdpa")
-    theirs = theirs.model.to(flags.device)  # without the output head, as ours
-
-    def run_padded(batch: Batch) -> Tensor:
-        pad = lambda x: pad_sequence(x.split(batch.lengths), batch_first=True)  # noqa: E731
-        mask = pad(torch.ones_like(batch.tokens))  # [N, longest]
-        images = dict(pixel_values=batch.patches, image_grid_thw=batch.grids)
-        hidden = theirs(  # [N, longest, D]
-            input_ids=pad(batch.tokens), attention_mask=mask, use_cache=False,
-            position_ids=pad(batch.positions.T).permute(2, 0, 1),
-            **images if len(batch.grids) else {}).last_hidden_state
-        return hidden[mask.bool()]  # [T, D]
-
-    return run_padded
+def run_padded(theirs: nn.Module, batch: Batch) -> Tensor:
+    """Hidden states [T, D] by transformers, fed as usual: a row a record, padded to the longest."""
+    tokens, positions, mask = (
+        pad_sequence(x.split(batch.lengths), batch_first=True)  # [N, longest, ...]
+        for x in (batch.tokens, batch.positions.T, torch.ones_like(batch.tokens)))
+    images = dict(pixel_values=batch.patches, image_grid_thw=batch.grids)
+    hidden = theirs(
+        input_ids=tokens, attention_mask=mask, position_ids=positions.permute(2, 0, 1),
+        use_cache=False, **images if len(batch.grids) else {}).last_hidden_state
+    return hidden[mask.bool()]
 
 
-def seconds(engine: Engine, batch: Batch, backward: bool) -> float:
+def seconds(engine: Callable, batch: Batch, backward: bool) -> float:
     """The time of one pass over a batch."""
     began = time.perf_counter()
     with torch.set_grad_enabled(backward):
@@ -86,9 +77,14 @@ def seconds(engine: Engine, batch: Batch, backward: bool) -> float:
 
 def benchmark(flags: Flags) -> float:
     """Compare, time and print. Returns the largest difference between the two's hidden states."""
+    from transformers import AutoModelForImageTextToText
+
     moca = load(flags.model, flags.device, getattr(torch, flags.dtype))
+    theirs = AutoModelForImageTextToText.from_pretrained(
+        find_checkpoint(flags.model), dtype=flags.dtype, attn_implementation="sdpa")
+    theirs = theirs.model.to(flags.device)  # without the output head, as ours
+    engines = partial(run_padded, theirs), partial(moca.model, causal=True)
     mixes = make_mixes(moca.processor, flags)
-    engines = transformers_engine(flags), lambda batch: moca.model(batch, causal=True)
     with torch.no_grad():
         apart = max(float((engines[0](batch) - engines[1](batch)).abs().max())
                     for batch in mixes["mixed"])

@@ -20,8 +20,6 @@ nothing:
 from nothing, in about half an hour of one core.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import shutil
@@ -118,18 +116,15 @@ def twins(scene: Scene, random: np.random.Generator, names: Sequence[str] = NAME
     cells, count = scene.cells, len(scene.cells)
     unequal = [(i, j) for i in range(count) for j in range(i) if cells[i] != cells[j]]
     i, j = unequal[random.integers(len(unequal))]
-    swapped = list(cells)
-    swapped[i], swapped[j] = cells[j], cells[i]
+    changes = [{i: cells[j], j: cells[i]}]  # {where: the new cell}
     full = [index for index, cell in enumerate(cells) if cell]
-
-    def changed(part: int, words: Sequence[str]) -> tuple[Cell, ...]:
+    for part, words in enumerate((COLOURS, names)):
         index = int(random.choice(full))
         cell = list(cells[index])
         cell[part] = str(random.choice([word for word in words if word != cell[part]]))
-        return (*cells[:index], tuple(cell), *cells[index + 1 :])
-
-    near = (tuple(swapped), changed(0, list(COLOURS)), changed(1, names))
-    return [replace(scene, cells=cells) for cells in near]
+        changes.append({index: tuple(cell)})
+    return [replace(scene, cells=tuple(change.get(at, cell) for at, cell in enumerate(cells)))
+            for change in changes]
 
 
 def page_query(page: Scene, random: np.random.Generator) -> str:

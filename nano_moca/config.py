@@ -7,8 +7,6 @@ two small dataclasses below, and whatever this code does not implement (sliding 
 activations) is refused instead of ignored.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +76,11 @@ class Config:
 def read_json(path: Path) -> dict:
     """One JSON object from a file; MocaError if it is absent, malformed or no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        error: object = "no JSON object"
-    except (OSError, ValueError) as caught:
-        error = getattr(caught, "strerror", None) or caught
-    raise MocaError(f"{path} cannot be read ({error}): give the folder of a Qwen-VL checkpoint")
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError if it is no object
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MocaError(
+            f"{path} cannot be read ({reason}): give the folder of a Qwen-VL checkpoint") from None
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -11,8 +11,6 @@ its share by cost, so the number of ranks changes nothing but the speed. Records
 stop the run, or are counted and listed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -89,13 +87,18 @@ def open_data(path: str | Path) -> list[Sequence]:
     return opened
 
 
-def make_record(fields: object, folder: Path, where: str) -> Record:
-    """{"text", "images"} as a `Record`. Image paths are relative to `folder` and stay inside it."""
+def make_record(fields: object, folder: Path | None, where: str) -> Record:
+    """{"text", "images"} as a `Record`. Image paths are relative to `folder` and stay inside it.
+
+    folder None: the caller is trusted, and gives images of any kind, from anywhere.
+    """
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise MocaError(f'{where}: no "text": write {{"text": "...", "images": [...]}}')
     images = fields.get("images") or []
-    if not isinstance(images, list):
-        raise MocaError(f'{where}: "images" is no list: write a list of paths')
+    if not isinstance(images, (list, tuple)):
+        raise MocaError(f'{where}: "images" is no list: write [image, ...]')
+    if folder is None:
+        return Record(fields["text"], list(images), where)
     folder, found = folder.resolve(), []
     for image in images:
         if isinstance(image, dict):  # the hub's image type: bytes, or a path

@@ -27,8 +27,6 @@ only. Left out: derivatives of the gradient, ignored labels, label smoothing, a 
 float16.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
