@@ -190,8 +190,8 @@ def begin(flags: CommonFlags, world: World, model: nn.Module, batches: Any, abou
     """The optimiser, the log, and the number of steps that are done: 0, or with --resume those that
     the checkpoint in --output has behind it; then model, optimiser and data are what they were.
 
-    batches: what draws the data, with its place in the run as `state`. about: a step in words, for
-    the line that the run begins with.
+    batches: what draws the data, with its place in the run as `state`, a dictionary that counts the
+    records "skipped". about: a step in words, for the line that the run begins with.
     """
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
