@@ -8,8 +8,6 @@ Reading order: config, attention, vision, language, model, weights, processor, m
 losses, data, trainer, report, and then the training loop in train_cpt.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nano_moca.config import MocaError, load_config
+from nano_moca.data import make_record
 from nano_moca.model import VLM
 from nano_moca.processor import MARK, Processor, Record
 from nano_moca.weights import build, find_checkpoint, stored_dtype
@@ -71,14 +70,7 @@ def as_record(item: str | dict | Record, source: str) -> Record:
     """A text, a {"text", "images"} object or a record, as a record."""
     if isinstance(item, Record):
         return item
-    if isinstance(item, str):
-        return Record(item, [], source)
-    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-        raise MocaError(f'{source} is no text and no object {{"text": ..., "images": [...]}}')
-    images = item.get("images") or []
-    if not isinstance(images, (list, tuple)):
-        raise MocaError(f"{source}: its images are no list: write [image, ...]")
-    return Record(item["text"], list(images), source)
+    return make_record({"text": item} if isinstance(item, str) else item, None, source)
 
 
 def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,

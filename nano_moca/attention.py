@@ -18,10 +18,7 @@ What is left out: key-value caches, sliding windows, dropout. Captions are short
 recomputes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +42,13 @@ class Segments:
     inverse: Tensor = field(init=False)  # [T] where each row of the concatenated groups belongs
 
     def __post_init__(self) -> None:
-        starts = [0, *accumulate(self.lengths)]
-        self.offsets = torch.tensor(starts, dtype=torch.int32, device=self.device)
-        by_length: dict[int, list[int]] = {}
-        for start, length in zip(starts, self.lengths, strict=False):
-            by_length.setdefault(length, []).append(start)
-        by_length.pop(0, None)  # empty sequences have no rows
-        self.groups = []
-        for length, begins in sorted(by_length.items()):
-            rows = torch.tensor(begins)[:, None] + torch.arange(length)  # [n, length]
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        self.offsets, self.groups = offsets.to(self.device, torch.int32), []
+        for length in sorted(set(self.lengths) - {0}):  # empty sequences have no rows
+            rows = offsets[:-1][lengths == length, None] + torch.arange(length)  # [n, length]
             self.groups.append((length, rows.flatten().to(self.device)))
-        order = torch.cat([rows for _, rows in self.groups]) if self.groups else torch.arange(0)
+        order = torch.cat([rows for _, rows in self.groups] or [torch.arange(0)])
         self.inverse = torch.argsort(order)
 
 
@@ -70,9 +63,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal
     return grouped_attention(query, key, value, segments, causal)
 
 
-def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool
-) -> Tensor:
+def reference_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+                        causal: bool) -> Tensor:
     """The definition: every pair of tokens is scored, and a mask forbids what must not be seen.
 
     Costs T^2 memory, so it is for reading and testing. Shapes as in `attend`; softmax in float32.
@@ -89,9 +81,8 @@ def reference_attention(
     return torch.einsum("hqk,khd->qhd", weights, value.float()).to(query.dtype)  # [T, H, d]
 
 
-def grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool
-) -> Tensor:
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+                      causal: bool) -> Tensor:
     """Sequences of one length become an ordinary batch, one fused call a length. Shapes as in
     `attend`."""
     outputs, grouped = [], query.shape[1] != key.shape[1]
@@ -107,9 +98,8 @@ def grouped_attention(
     return torch.cat(outputs)[segments.inverse] if outputs else torch.empty_like(query)
 
 
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool
-) -> Tensor:
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+                     causal: bool) -> Tensor:
     """PyTorch's kernel for packed sequences, half precision on CUDA only. Shapes as in `attend`."""
     H, longest = query.shape[1], max(segments.lengths)
     key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))  # [T, H, d]

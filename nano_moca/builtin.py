@@ -20,11 +20,9 @@ nothing:
 from nothing, in about half an hour of one core.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
-import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +31,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tokenizers import (
-    AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers,
-)
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tokenizers import Tokenizer, pre_tokenizers, trainers
 from torch import nn
 
-from nano_moca.config import MocaError, nano_config, write_json
+from nano_moca.config import BASE, MocaError, load_config
 from nano_moca.data import Pair
 from nano_moca.model import VLM
 from nano_moca.processor import MARK, Record
@@ -75,9 +71,7 @@ def glyph(name: str) -> np.ndarray:
     font = ImageFont.truetype(str(file), 160)
     big = Image.new("L", (400, 400))
     ImageDraw.Draw(big).text((100, 100), SYMBOLS[name], fill=255, font=font)
-    ink = big.crop(big.getbbox())
-    scale = INK / max(ink.size)
-    ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
+    ink = ImageOps.contain(big.crop(big.getbbox()), (INK, INK), Image.Resampling.LANCZOS)
     cell = Image.new("L", (CELL, CELL))
     cell.paste(ink, ((CELL - ink.width) // 2, (CELL - ink.height) // 2))
     return np.asarray(cell, np.float32) / 255
@@ -92,14 +86,13 @@ class Scene:
 
     def image(self) -> Image.Image:
         """The picture: each symbol in its colour on near-black."""
-        rows = len(self.cells) // self.columns
-        pixels = np.full((rows, self.columns, CELL, CELL, 3), GROUND, np.float32)
+        height, width = CELL * len(self.cells) // self.columns, CELL * self.columns
+        pixels = np.full((height, width, 3), GROUND, np.float32)
         for index, cell in enumerate(self.cells):
             if cell:
+                y, x = (CELL * place for place in divmod(index, self.columns))
                 ink = glyph(cell[1])[..., None]  # [CELL, CELL, 1]
-                place = pixels[index // self.columns, index % self.columns]
-                place += ink * (np.array(COLOURS[cell[0]], np.float32) - GROUND)
-        pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * CELL, self.columns * CELL, 3)
+                pixels[y : y + CELL, x : x + CELL] += ink * (np.array(COLOURS[cell[0]]) - GROUND)
         return Image.fromarray(pixels.astype(np.uint8))
 
     def caption(self) -> str:
@@ -130,18 +123,15 @@ def twins(scene: Scene, random: np.random.Generator, names: Sequence[str] = NAME
     cells, count = scene.cells, len(scene.cells)
     unequal = [(i, j) for i in range(count) for j in range(i) if cells[i] != cells[j]]
     i, j = unequal[random.integers(len(unequal))]
-    swapped = list(cells)
-    swapped[i], swapped[j] = cells[j], cells[i]
+    changes = [{i: cells[j], j: cells[i]}]  # {where: the new cell}
     full = [index for index, cell in enumerate(cells) if cell]
-
-    def changed(part: int, words: Sequence[str]) -> tuple[Cell, ...]:
+    for part, words in enumerate((COLOURS, names)):
         index = int(random.choice(full))
         cell = list(cells[index])
         cell[part] = str(random.choice([word for word in words if word != cell[part]]))
-        return (*cells[:index], tuple(cell), *cells[index + 1 :])
-
-    near = (tuple(swapped), changed(0, list(COLOURS)), changed(1, names))
-    return [replace(scene, cells=cells) for cells in near]
+        changes.append({index: tuple(cell)})
+    return [replace(scene, cells=tuple(change.get(at, cell) for at, cell in enumerate(cells)))
+            for change in changes]
 
 
 def page_query(page: Scene, random: np.random.Generator, names: Sequence[str] = NAMES
@@ -281,33 +271,21 @@ def builtin_tasks(split: str = "train", seed: int = 0) -> dict[str, BuiltinTask]
     return {name: BuiltinTask(name, split, seed) for name in BuiltinTask.KINDS}
 
 
-SPECIAL = tuple(f"<|{name}|>" for name in (
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
-    "quad_end vision_start vision_end vision_pad image_pad video_pad").split())
-# How Qwen splits text before byte-pair encoding: contractions, words, single digits, punctuation,
-# line ends, spaces.
-PRE_TOKENS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def make_tokenizer(vocabulary: int = 1300) -> Tokenizer:
+def make_tokenizer() -> Tokenizer:
     """A byte-level BPE like Qwen's, learned from captions and documents; each word of a caption is
-    one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
+    one token.
+
+    How text is cut before that, and the special tokens, stay as the base's tokenizer.json has them:
+    Qwen's own pattern (contractions, words, single digits, punctuation, line ends, spaces), and
+    Qwen's first fourteen tokens after the 1,300 that are learned.
+    """
+    tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, show_progress=False,
+        vocab_size=1300, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     words = [*NAMES, *COLOURS, "nothing"]
     captions = [f"{word}, {word}" for word in words for _ in range(5000)]
     tokenizer.train_from_iterator(captions + [" ".join(pair) for pair in documents()], trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
 
 
@@ -315,45 +293,36 @@ def initialise(model: VLM, seed: int) -> None:
     """Random weights to train from nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_q" in name:
-            nn.init.ones_(parameter)
-        elif parameter.dim() == 1:
-            nn.init.zeros_(parameter)
-        else:
-            spread = 0.02 if "embed_tokens" in name else parameter.shape[1] ** -0.5
-            # what writes into the residual stream starts smaller the deeper the tower is
-            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
-                spread /= (2 * model.config.layers) ** 0.5
-            nn.init.normal_(parameter, std=spread, generator=generator)
+        if parameter.dim() == 1:  # norms scale by 1 at first, biases add nothing
+            nn.init.constant_(parameter, float("norm" in name or "ln_q" in name))
+            continue
+        spread = 0.02 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+        # what writes into the residual stream starts smaller the deeper the tower is
+        if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+            spread /= (2 * model.config.layers) ** 0.5
+        nn.init.normal_(parameter, std=spread, generator=generator)
 
 
 def make_base(argv: list[str]) -> None:
-    """Learn the tokenizer, train a causal captioner from nothing, and put it into nano_moca/base.
+    """Learn the tokenizer, train a causal captioner from nothing, and put both into nano_moca/base.
 
-    argv: flags of train_cpt.py that differ from what the committed base was made with.
+    The shape of the model is what the base's config.json says: change it there. argv: flags of
+    train_cpt.py that differ from what the committed base was made with.
     """
     import train_cpt
 
     made_with = ("--output runs/base --data builtin:base --objective next-token --steps 1600 "
                  "--batch-tokens 2000 --learning-rate 2e-3").split()
     flags = parse_flags(train_cpt.Flags, [*made_with, *argv], "Make the nano base.")
-    start = fresh_folder(Path(flags.output) / "start")
-    tokenizer = make_tokenizer()
-    tokenizer.save(str(start / "tokenizer.json"))
-    rows = 64 * math.ceil((tokenizer.get_vocab_size() + 16) / 64)  # padded rows, as Qwen's have
-    config = nano_config(rows, {name: tokenizer.token_to_id(name) for name in SPECIAL})
-    model = VLM(config)
+    start = Path(shutil.copytree(BASE, Path(flags.output) / "start", dirs_exist_ok=True))
+    make_tokenizer().save(str(start / "tokenizer.json"))
+    model = VLM(load_config(start))
     initialise(model, flags.seed)
-    save_weights(start, {name: p.detach() for name, p in model.named_parameters()}, config)
-    limits = {"min_pixels": 28 * 28, "max_pixels": 1024 * 28 * 28}
-    write_json(start / "preprocessor_config.json", limits)
-    replace_folder(start.with_name("start"))
-    train_cpt.train(replace(flags, model=str(start.with_name("start"))))
-    base = fresh_folder(train_cpt.BASE)
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
-        source = "model" if name in ("config.json", "model.safetensors") else "start"
-        (base / name).write_bytes((start.with_name(source) / name).read_bytes())
-    replace_folder(train_cpt.BASE)
+    save_weights(start, model.state_dict(), model.config)
+    train_cpt.train(replace(flags, model=str(start)))
+    shutil.copy(start.with_name("model") / "model.safetensors", start)
+    shutil.copytree(start, fresh_folder(BASE), dirs_exist_ok=True)
+    replace_folder(BASE)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ two small dataclasses below, and whatever this code does not implement (sliding 
 activations) is refused instead of ignored.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+BASE = Path(__file__).parent / "base"  # the nano base: two million parameters, for a CPU
 
 
 class MocaError(Exception):
@@ -76,13 +76,11 @@ class Config:
 def read_json(path: Path) -> dict:
     """One JSON object from a file; MocaError if it is absent, malformed or no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        error: object = "no JSON object"
-    except (OSError, ValueError) as caught:
-        error = getattr(caught, "strerror", None) or caught
-    raise MocaError(f"{path} cannot be read ({error}): give the folder of a Qwen-VL checkpoint")
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError if it is no object
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MocaError(
+            f"{path} cannot be read ({reason}): give the folder of a Qwen-VL checkpoint") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -153,27 +151,3 @@ def parse_vision(raw: dict, family: str) -> VisionConfig:
         width=raw["hidden_size"], mlp_width=raw["intermediate_size"],
         out_width=raw["out_hidden_size"], act=raw.get("hidden_act", "silu"),
         window=raw["window_size"], full_blocks=tuple(raw["fullatt_block_indexes"]), **shared)
-
-
-def nano_config(vocabulary: int, special: dict[str, int]) -> Config:
-    """The embedded default's model in Qwen2.5-VL's own words: two million parameters, for a CPU.
-
-    vocabulary: rows of the embedding. special: the ids of the special tokens, by their names.
-    """
-    vision = {
-        "depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 3,
-        "out_hidden_size": 160, "window_size": 56, "fullatt_block_indexes": [2], "patch_size": 14,
-        "temporal_patch_size": 2, "spatial_merge_size": 2, "hidden_act": "silu",
-    }
-    return parse_config({
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-        "hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4,
-        "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": vocabulary,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "hidden_act": "silu",
-        "tie_word_embeddings": True, "torch_dtype": "float32", "vision_config": vision,
-        "bos_token_id": special["<|endoftext|>"], "eos_token_id": special["<|im_end|>"],
-        "vision_start_token_id": special["<|vision_start|>"],
-        "vision_end_token_id": special["<|vision_end|>"],
-        "image_token_id": special["<|image_pad|>"], "video_token_id": special["<|video_pad|>"],
-    })

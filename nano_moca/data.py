@@ -20,21 +20,21 @@ could tell its positive from most others by the task alone. (The released code s
 but its sampler is the trainer's own, which shuffles across tasks.)
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from nano_moca.config import MocaError
 from nano_moca.processor import Encoded, Processor, Record
@@ -44,7 +44,8 @@ KINDS = ("long-document", "image-text", "text-only")
 
 
 class JsonLines(Sequence):
-    """The objects of a JSON lines file, each with its place; read one at a time, by byte offset."""
+    """The objects of a JSON lines file, each as (object, the file's folder, where it stands); read
+    one at a time, by byte offset."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,69 +58,73 @@ class JsonLines(Sequence):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> tuple[object, str]:
+    def __getitem__(self, index: int) -> tuple[object, Path, str]:
         where = f"{self.path}:{index + 1}"
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
             line = file.read(self.offsets[index + 1] - self.offsets[index])
         try:
-            return json.loads(line), where
-        except ValueError as error:
+            return json.loads(line), self.path.parent, where
+        except (ValueError, RecursionError) as error:
             raise MocaError(f"{where}: not JSON ({error}): correct or remove the line") from None
 
 
 class Parquet(Sequence):
-    """The rows of a parquet file, each with its place. Row groups last used stay in memory."""
+    """The rows of a parquet file, likewise. The file is held in memory: reading single rows in any
+    order would unpack a whole group of rows for each. For more data than memory, use JSON lines."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise MocaError(f"{path}: reading it needs pyarrow: pip install pyarrow") from None
         self.path = path
         try:
-            self.file = parquet.ParquetFile(path)
+            import pyarrow.parquet as parquet
+
+            self.rows = parquet.read_table(path)
+        except ImportError:
+            raise MocaError(f"{path}: reading it needs pyarrow: pip install pyarrow") from None
         except (OSError, ValueError) as error:
-            raise MocaError(f"{path} cannot be read as parquet ({error}): copy it again") from None
-        groups = range(self.file.num_row_groups)
-        self.starts = np.cumsum([0, *(self.file.metadata.row_group(g).num_rows for g in groups)])
-        self.group = lru_cache(maxsize=8)(self.file.read_row_group)
+            reason = " ".join(str(error).split())
+            raise MocaError(f"{path} cannot be read as parquet ({reason}): copy it again") from None
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.rows.num_rows
 
-    def __getitem__(self, index: int) -> tuple[object, str]:
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
-        rows = self.group(group).slice(index - self.starts[group], 1)
-        return rows.to_pylist()[0], f"{self.path} row {index + 1}"
+    def __getitem__(self, index: int) -> tuple[object, Path, str]:
+        where = f"{self.path} row {index + 1}"
+        return self.rows.slice(index, 1).to_pylist()[0], self.path.parent, where
 
 
 FILE_KINDS = {".jsonl": JsonLines, ".parquet": Parquet}
 
 
-def open_data(path: str | Path) -> list[Sequence]:
-    """A .jsonl or .parquet file, or all of those in a folder, in the order of their names."""
+def open_rows(path: str | Path, pattern: str = "**/*") -> Sequence[tuple[object, Path, str]]:
+    """The rows of a .jsonl or .parquet file, or of all those in a folder whose names fit."""
     path = Path(path)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
     opened = [FILE_KINDS[file.suffix](file) for file in files if file.suffix in FILE_KINDS]
     if not sum(map(len, opened)):
         raise MocaError(f"{path} holds no records: give .jsonl or .parquet files, or their folder")
-    return opened
+    return ConcatDataset(opened)
 
 
-def make_record(fields: object, folder: Path, where: str) -> Record:
-    """{"text", "images"} as a `Record`. Image paths are relative to `folder` and stay inside it."""
+def make_record(fields: object, folder: Path | None, where: str) -> Record:
+    """{"text", "images"} as a `Record`. Image paths are relative to `folder` and stay inside it.
+
+    folder None: the caller is trusted, and gives images of any kind, from anywhere.
+    """
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise MocaError(f'{where}: no "text": write {{"text": "...", "images": [...]}}')
     images = fields.get("images") or []
-    if not isinstance(images, list):
-        raise MocaError(f'{where}: "images" is no list: write a list of paths')
+    if not isinstance(images, (list, tuple)):
+        raise MocaError(f'{where}: "images" is no list: write [image, ...]')
+    if folder is None:
+        return Record(fields["text"], list(images), where)
     folder, found = folder.resolve(), []
     for image in images:
         if isinstance(image, dict):  # the hub's image type: bytes, or a path
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str):
-            image = Path(os.path.normpath(os.path.realpath(folder / image.replace("\0", "?"))))
+            image = image.replace("\0", "?").encode(errors="replace").decode()  # any file system's
+            image = Path(os.path.normpath(os.path.realpath(folder / image)))
             if not image.is_relative_to(folder):
                 raise MocaError(f"{where}: {image} is outside the folder {folder}: move it inside")
         elif not isinstance(image, bytes):
@@ -128,20 +133,20 @@ def make_record(fields: object, folder: Path, where: str) -> Record:
     return Record(fields["text"], found, where)
 
 
-class Rows(Sequence):
-    """Lines of files as what `make` makes of them; each is made, and checked, when asked for."""
+@dataclass
+class Made(Sequence):
+    """Some rows as what `make` makes of them; each is made, and checked, when it is asked for."""
 
-    def __init__(self, places: list[tuple[Sequence, int]], make: Callable) -> None:
-        """places: (file, line) of each item."""
-        self.places, self.make = places, make
+    rows: Sequence
+    places: Sequence[int]  # which rows
+    make: Callable
+    kind: str = ""  # of a task
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> object:
-        part, line = self.places[index]
-        fields, where = part[line]
-        return self.make(fields, part.path.parent, where)
+    def __getitem__(self, index: int) -> Any:
+        return self.make(*self.rows[self.places[index]])
 
 
 def load_records(path: str, seed: int) -> Sequence[Record]:
@@ -150,7 +155,8 @@ def load_records(path: str, seed: int) -> Sequence[Record]:
         from nano_moca.builtin import Builtin  # beside the road: only the default needs it
 
         return Builtin(path.partition(":")[2] or "train", seed)
-    return Rows([(part, line) for part in open_data(path) for line in range(len(part))], make_record)
+    rows = open_rows(path)
+    return Made(rows, range(len(rows)), make_record)
 
 
 @dataclass
@@ -170,8 +176,28 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-class TokenBatches:
-    """Endless batches of at most `budget` tokens (and at least one record a micro-batch).
+class Batches:
+    """What the batches of both stages share: endless, a place in the run, and a list of what cannot
+    be used."""
+
+    skipped: Path | None  # lists what cannot be used; None: the first such record stops the run
+    state: dict[str, int]  # all that the coming draws depend on, beside seed and data
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def skip(self, error: MocaError) -> None:
+        """Count and list what cannot be used, or stop."""
+        if not self.skipped:
+            raise error
+        self.state["skipped"] += 1
+        with open(self.skipped, "a") as file:
+            line = {"count": self.state["skipped"], "reason": str(error)}
+            file.write(json.dumps(line) + "\n")
+
+
+class TokenBatches(Batches):
+    """Batches of at most `budget` tokens (and at least one record a micro-batch).
 
     Each epoch is a permutation by seed and epoch in which every record comes once; a step may reach
     into the next. All ranks draw the same records; `rank` takes its share, in `accumulate` parts.
@@ -180,16 +206,12 @@ class TokenBatches:
     def __init__(self, records: Sequence[Record], processor: Processor, budget: int,
                  max_tokens: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1,
                  skipped: Path | None = None) -> None:
-        """skipped: a file to list unusable records in; None: the first one stops the run."""
         self.records, self.processor, self.budget = records, processor, budget
         self.max_tokens, self.seed, self.skipped = max_tokens, seed, skipped
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.state = {"epoch": 0, "next": 0, "usable": 0, "skipped": 0}
+        self.state = {"epoch": 0, "next": 0, "usable": 0, "skipped": 0, "records": len(records)}
         self.order = lru_cache(maxsize=1)(
             lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(records)))
-
-    def __iter__(self) -> Iterator[Draw]:
-        return self
 
     def __next__(self) -> Draw:
         taken: list[tuple[int, Encoded]] = []
@@ -220,13 +242,8 @@ class TokenBatches:
                 decode = self.skipped is not None
                 return number, self.processor.encode(self.records[index], self.max_tokens, decode)
             except MocaError as error:
-                if not self.skipped:
-                    raise
+                self.skip(error)
                 self.state["next"] += 1
-                self.state["skipped"] += 1
-                with open(self.skipped, "a") as file:
-                    line = {"count": self.state["skipped"], "reason": str(error)}
-                    file.write(json.dumps(line) + "\n")
 
 
 # --- stage 2: pairs, tasks, and batches of one task -----------------------------------------------
@@ -251,42 +268,35 @@ def make_pair(fields: dict, folder: Path, where: str) -> Pair:
                                   for number, negative in enumerate(negatives, 1)])
 
 
-class Task(Rows):
-    """The pairs of one task, of one of the three kinds."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__([], make_pair)
-        self.kind = kind
-
-
-def load_tasks(path: str, seed: int, unusable: list[str] | None = None) -> dict[str, Sequence]:
+def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None
+               ) -> dict[str, Sequence[Pair]]:
     """Stage 2's data: {task: its pairs}, from a file or folder or the embedded default.
 
-    Every line says its task and kind; nothing is guessed. unusable: takes what is wrong with lines
-    that do not (None: the first one is an error).
+    Every row says its task and kind; nothing is guessed. unusable: takes the errors of rows that do
+    not (None: the first one is raised).
     """
     if path.partition(":")[0] == BUILTIN:
         from nano_moca.builtin import builtin_tasks  # beside the road
 
         return builtin_tasks(path.partition(":")[2] or "train", seed)
-    tasks: dict[str, Task] = {}
-    for part in open_data(path):
-        for line in range(len(part)):
-            try:
-                fields, where = part[line]
-                name, kind = (isinstance(fields, dict) and fields.get(key)
-                              for key in ("task", "kind"))
-                if not isinstance(name, str) or kind not in KINDS:
-                    raise MocaError(f'{where}: no "task" with a name, or no "kind" among '
-                                    f'{", ".join(KINDS)}: correct the line')
-                if tasks.setdefault(name, Task(kind)).kind != kind:
-                    raise MocaError(f"{where}: task {name} is {kind} here and {tasks[name].kind} "
-                                    "before: give each kind its own task")
-                tasks[name].places.append((part, line))
-            except MocaError as error:
-                if unusable is None:
-                    raise
-                unusable.append(str(error))
+    tasks, rows = {}, open_rows(path)
+    for place in range(len(rows)):
+        try:
+            fields, _, where = rows[place]
+            fields = fields if isinstance(fields, dict) else {}
+            name, kind = fields.get("task"), fields.get("kind")
+            if not isinstance(name, str) or kind not in KINDS:
+                raise MocaError(f'{where}: no "task" with a name, or no "kind" among '
+                                f'{", ".join(KINDS)}: correct the line')
+            task = tasks.setdefault(name, Made(rows, [], make_pair, kind))
+            if task.kind != kind:
+                raise MocaError(f"{where}: task {name} is {kind} here and {task.kind} before: give "
+                                "each kind its own task")
+            task.places.append(place)
+        except MocaError as error:
+            if unusable is None:
+                raise
+            unusable.append(error)
     return tasks
 
 
@@ -318,8 +328,8 @@ class Contrast:
                 for part in np.array_split(np.arange(len(self.items)), number)]
 
 
-class PairBatches:
-    """Endless steps of `batch` pairs, each of one task, planned by seed alone.
+class PairBatches(Batches):
+    """Steps of `batch` pairs over all ranks, each step of one task, planned by seed alone.
 
     A task of p pairs has p // batch batches a pass: each pair comes once a pass, but for those of
     the last partial batch (others every time, as each pass is shuffled anew). An epoch has as many
@@ -331,25 +341,24 @@ class PairBatches:
     def __init__(self, tasks: dict[str, Sequence[Pair]], processor: Processor, batch: int,
                  max_tokens: int, hard_negatives: int, seed: int, alpha: float = 1.0,
                  rank: int = 0, world: int = 1, skipped: Path | None = None,
-                 unusable: Sequence[str] = ()) -> None:
-        """skipped: a file to list unusable pairs in (None: the first one stops the run), with what
-        load_tasks found unusable."""
+                 unusable: Sequence[MocaError] = ()) -> None:
+        """unusable: what load_tasks found, to be listed with the rest."""
         for name, pairs in tasks.items():
             if len(pairs) < batch:
                 raise MocaError(f"task {name} has {len(pairs)} pairs and a batch takes {batch}: "
                                 "lower --batch, or add pairs")
-        self.tasks, self.processor, self.batch, self.max_tokens = tasks, processor, batch, max_tokens
-        self.hard_negatives, self.seed, self.rank, self.world = hard_negatives, seed, rank, world
-        self.skipped, self.unusable = skipped, unusable
-        self.state = {"step": 0, "usable": 0, "skipped": 0}  # usable: pairs of this epoch
+        self.tasks, self.processor, self.batch, self.seed = tasks, processor, batch, seed
+        self.max_tokens, self.hard_negatives = max_tokens, hard_negatives
+        self.rank, self.world, self.skipped, self.unusable = rank, world, skipped, unusable
+        records = sum(map(len, tasks.values()))
+        self.state = {"step": 0, "usable": 0, "skipped": 0, "records": records}
         self.full = {name: len(pairs) // batch for name, pairs in tasks.items()}  # batches a pass
         self.steps = sum(self.full.values())  # of an epoch
-        shares = np.array([full**alpha for full in self.full.values()])
-        exact = self.steps * shares / shares.sum()
-        counts = np.floor(exact).astype(int)
+        weights = np.array([*self.full.values()], float) ** alpha
+        exact = self.steps * weights / weights.sum()
+        counts = exact.astype(int)
         counts[np.argsort(counts - exact, kind="stable")[: self.steps - counts.sum()]] += 1
-        self.counts = dict(zip(tasks, counts.tolist(), strict=True))  # steps of each task an epoch
-        self.plan = lru_cache(maxsize=2)(self.plan)
+        self.counts = dict(zip(tasks, counts.tolist(), strict=True))  # steps of each in an epoch
 
     def plan(self, epoch: int) -> list[tuple[str, int]]:
         """(task, which of the task's batches since the run began) for each step of an epoch."""
@@ -365,62 +374,50 @@ class PairBatches:
         order = np.random.default_rng(key).permutation(len(self.tasks[name]))
         return order[slot * self.batch : (slot + 1) * self.batch].tolist()
 
-    def __iter__(self) -> Iterator[Contrast]:
-        return self
-
     def __next__(self) -> Contrast:
-        if self.unusable and not self.state["skipped"]:
-            self._skip(self.unusable)
-        pairs: list[tuple[Pair, list[Encoded]]] = []  # (pair, its records encoded)
+        if not self.state["step"]:
+            for error in self.unusable:
+                self.skip(error)
+        pairs: list[tuple[Pair, list[Encoded]]] = []  # with its records encoded
         while not pairs:
             epoch, place = divmod(self.state["step"], self.steps)
-            if not place and epoch and not self.state["usable"]:
+            if epoch and not place and not self.state["usable"]:
                 raise MocaError("no pair of the data can be used: skipped.jsonl says why")
             name, number = self.plan(epoch)[place]
             for index in self.members(name, number):
                 try:
                     pairs.append(self._encode(self.tasks[name][index], number // self.full[name]))
                 except MocaError as error:
-                    if not self.skipped:
-                        raise
-                    self._skip([str(error)])
-            usable = len(pairs) + (self.state["usable"] if place else 0)
-            self.state |= {"step": self.state["step"] + 1, "usable": usable}
+                    self.skip(error)
+            self.state["usable"] = len(pairs) + (self.state["usable"] if place else 0)
+            self.state["step"] += 1
         costs = [sum(len(item.tokens) for item in items) for _, items in pairs]
         shares = deal(costs, self.world)
-        mine = [pairs[i] for i in shares[self.rank]]
-        items = [[items[0] for _, items in mine], [items[1] for _, items in mine],
-                 [item for _, items in mine for item in items[2:]]]
+        mine = shares[self.rank]
         return Contrast(
-            task=name, items=sum(items, []), mine=torch.tensor(shares[self.rank], dtype=torch.int64),
-            forbidden=self._forbidden([pair for pair, _ in pairs], shares[self.rank]),
-            batch=len(pairs), spare=pairs[0][1][0], tokens=sum(costs), state=dict(self.state),
-            largest=max(sum(len(pairs[i][1]) for i in share) for share in shares))
+            task=name, batch=len(pairs), mine=torch.tensor(mine, dtype=torch.int64),
+            items=[*(pairs[i][1][0] for i in mine), *(pairs[i][1][1] for i in mine),
+                   *(item for i in mine for item in pairs[i][1][2:])],
+            forbidden=forbidden([pair for pair, _ in pairs], mine), spare=pairs[0][1][0],
+            largest=max(sum(len(pairs[i][1]) for i in share) for share in shares),
+            tokens=sum(costs), state=dict(self.state))
 
     def _encode(self, pair: Pair, turn: int) -> tuple[Pair, list[Encoded]]:
-        """A pair with the hard negatives of this turn (each comes, if turns enough), as tokens."""
-        have = len(pair.negatives)
-        first = turn * self.hard_negatives
-        chosen = [pair.negatives[(first + i) % have] for i in range(min(self.hard_negatives, have))]
-        pair = Pair(pair.query, pair.positive, chosen)
+        """A pair with its hard negatives of this pass (they take turns), and all as tokens."""
+        have, take = len(pair.negatives), min(self.hard_negatives, len(pair.negatives))
+        chosen = [pair.negatives[(turn * take + i) % have] for i in range(take)]
         # all ranks have to skip the same pairs, so then each decodes all images
         decode = self.skipped is not None
-        return pair, [self.processor.encode(record, self.max_tokens, decode)
-                      for record in (pair.query, pair.positive, *chosen)]
+        return replace(pair, negatives=chosen), [
+            self.processor.encode(record, self.max_tokens, decode)
+            for record in (pair.query, pair.positive, *chosen)]
 
-    def _forbidden(self, pairs: list[Pair], mine: list[int]) -> Tensor:
-        """[n, B + M]: positives that equal the query's own, and hard negatives that do or that are
-        another query's."""
-        keys = [record_key(pair.positive) for pair in pairs]  # B
-        negatives = [(j, record_key(negative)) for j in mine for negative in pairs[j].negatives]
-        rows = [[j != i and key == keys[i] for j, key in enumerate(keys)]
-                + [j != i or key == keys[i] for j, key in negatives] for i in mine]
-        return torch.tensor(rows, dtype=torch.bool).view(len(mine), len(keys) + len(negatives))
 
-    def _skip(self, reasons: Sequence[str]) -> None:
-        """Count and list what cannot be used."""
-        with open(self.skipped, "a") as file:
-            for reason in reasons:
-                self.state["skipped"] += 1
-                line = {"count": self.state["skipped"], "reason": reason}
-                file.write(json.dumps(line) + "\n")
+def forbidden(pairs: list[Pair], mine: list[int]) -> Tensor:
+    """[n, B + M] bool, of the B positives and the M hard negatives of the pairs `mine`: those that
+    equal the query's own positive, and hard negatives that are another query's."""
+    keys = [record_key(pair.positive) for pair in pairs]  # B
+    negatives = [(j, record_key(negative)) for j in mine for negative in pairs[j].negatives]  # M
+    rows = [[j != i and key == keys[i] for j, key in enumerate(keys)]
+            + [j != i or key == keys[i] for j, key in negatives] for i in mine]
+    return torch.tensor(rows, dtype=torch.bool).view(len(mine), len(keys) + len(negatives))

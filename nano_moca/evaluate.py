@@ -36,7 +36,7 @@ from tqdm import tqdm
 from nano_moca import MARK, Moca, MocaError, Record, load
 from nano_moca.builtin import NEW, BuiltinTask, builtin_tasks
 from nano_moca.config import write_json
-from nano_moca.data import FILE_KINDS, make_record, open_data, record_key
+from nano_moca.data import FILE_KINDS, make_record, open_rows, record_key
 from nano_moca.report import rank_pairs
 from nano_moca.trainer import Parser, run
 from nano_moca.weights import find_checkpoint
@@ -114,8 +114,7 @@ def make_embedder(args: argparse.Namespace) -> Embed:
 
 def embed(args: argparse.Namespace) -> None:
     """The command `embed`."""
-    records = [make_record(fields, part.path.parent, where)
-               for part in open_data(args.input) for fields, where in part]
+    records = [make_record(*row) for row in open_rows(args.input)]
     vectors = make_embedder(args)(records)
     save_vectors(Path(args.output), vectors)
     print(f"{args.output}: {vectors.shape[0]} unit vectors of width {vectors.shape[1]}")
@@ -137,7 +136,7 @@ def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
         places: dict[tuple[str, str], int] = {}  # of (text, image path) in `records`
         records: list[Record] = []
         questions: list[list[int]] = []  # places of a query, its right candidate, the others
-        for fields, where in rows(folder, "test*"):
+        for fields, _, where in open_rows(folder, "test*"):
             try:
                 texts, paths = ([side] if isinstance(side, str) else list(side)
                                 for side in (fields["tgt_text"], fields["tgt_img_path"]))
@@ -214,25 +213,16 @@ def discounted(gains: np.ndarray) -> float:
 def task_folders(data: str) -> list[Path]:
     """A benchmark's tasks: the folders in DATA that hold files of data."""
     folders = sorted(path for path in Path(data).glob("*") if path.is_dir()
-                     and any(file.suffix in (".jsonl", ".parquet") for file in path.rglob("*")))
+                     and any(file.suffix in FILE_KINDS for file in path.rglob("*")))
     if not folders:
         raise MocaError(f"--data {data} holds no task: give the folder that holds a folder a task")
     return folders
 
 
-def rows(folder: Path, pattern: str = "*") -> Iterator[tuple[dict, str]]:
-    """The rows of the data files in a folder, each with its place."""
-    files = [file for file in sorted(folder.glob(pattern)) if file.suffix in FILE_KINDS]
-    if not files:
-        raise MocaError(f"{folder} holds no {pattern}.parquet or {pattern}.jsonl: copy it again")
-    for file in files:
-        yield from FILE_KINDS[file.suffix](file)
-
-
 def table(folder: Path, *columns: str) -> list[tuple]:
     """The columns of all rows in a folder, and each row's place."""
     kept = []
-    for fields, where in rows(folder):
+    for fields, _, where in open_rows(folder):
         if not isinstance(fields, dict) or not fields.keys() >= {*columns}:
             raise MocaError(f"{where}: a row needs {', '.join(columns)}: copy the file again")
         kept.append((*(fields[column] for column in columns), where))

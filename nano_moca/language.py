@@ -7,15 +7,12 @@ Positions are triples (frame, row, column). For text the three are equal, so M-R
 rotary embedding; an image token carries its place in the grid.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nano_moca.attention import Segments, attend, rotary_frequencies, rotate
 from nano_moca.config import Config
-from nano_moca.vision import RMSNorm, SwiGLU
+from nano_moca.vision import RMSNorm, SwiGLU, run_block
 
 
 class SelfAttention(nn.Module):
@@ -80,8 +77,5 @@ class Decoder(nn.Module):
         """x [T, D] embeddings, positions [3, T] -> hidden states [T, D]."""
         angles = mrope_angles(positions, self.config)
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, angles, segments, causal, use_reentrant=False)
-            else:
-                x = layer(x, angles, segments, causal)
+            x = run_block(layer, self.checkpointing, x, angles, segments, causal)
         return self.norm(x)

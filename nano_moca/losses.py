@@ -30,8 +30,6 @@ only. Left out: derivatives of the gradient, ignored labels, label smoothing, a 
 float16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

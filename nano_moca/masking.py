@@ -12,8 +12,6 @@ own.)
 base, and it is the control that tells the worth of restoring from the worth of more data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,7 +33,7 @@ class Corruption:
     group_rows: Tensor  # [G] int64: rows of the T tokens whose patches were hidden
     target: Tensor  # [G, 4704]: their normalised pixels
 
-    def to(self, device: torch.device | str) -> Corruption:
+    def to(self, device: torch.device | str) -> "Corruption":
         """Everything the model computes with, on the device."""
         names = ("text_rows", "labels", "group_rows", "target")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}

@@ -154,9 +154,8 @@ class Restorer(nn.Module):
         with torch.device(vlm.head.device):  # "meta" while a model is being built
             self.patch_decoder = PatchDecoder(vlm.config)
 
-    def forward(
-        self, corruption: Corruption, causal: bool, loss: Callable
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, corruption: Corruption, causal: bool, loss: Callable
+                ) -> tuple[Tensor, Tensor]:
         """Run the corrupted batch and hand what was hidden to `loss`: masked_reconstruction_loss or
         its like."""
         hidden = self.vlm(corruption.batch, causal)  # [T, D]

@@ -6,8 +6,6 @@ patches come back with the words in clear, and with no words. All on records dra
 step's, which are unseen within the first epoch.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -29,9 +27,8 @@ Items = list[tuple[int, Encoded]]  # (number in the run, record)
 
 
 @torch.no_grad()
-def restore(
-    model: Restorer, corruption: Corruption, world: World, causal: bool
-) -> tuple[Tensor, Tensor]:
+def restore(model: Restorer, corruption: Corruption, world: World, causal: bool
+            ) -> tuple[Tensor, Tensor]:
     """The model's answers: the likeliest tokens [R] and the pixels [G, 4704] of what was hidden."""
 
     def answers(hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor, _: Tensor):
@@ -42,16 +39,16 @@ def restore(
     return model(corruption.to(world.device), causal, answers)  # through forward, as FSDP needs
 
 
-def cross_modal_report(model: Restorer, processor: Processor, items: Items, text_rate: float,
-                       image_rate: float, seed: int, world: World, causal: bool
-                       ) -> dict[str, float | None]:
+def cross_modal_report(model: Restorer, processor: Processor, items: Items, flags: Any,
+                       world: World, causal: bool) -> dict[str, float | None]:
     """Shares of hidden words restored, and squared errors of hidden patch groups, by condition.
 
-    items: records that hold an image and words. A figure is None where nothing was hidden.
+    items: records that hold an image and words. flags: train_cpt's. A figure is None where nothing
+    was hidden.
     """
-    keys = [(seed, number) for number, _ in items]
+    keys = [(flags.seed, number) for number, _ in items]
     batch = processor.pack([item for _, item in items])
-    special = processor.special_tokens.numpy()
+    wrong, special = other_pictures(batch), processor.special_tokens.numpy()
     wordless = processor.pack([only(item, special, words=False) for _, item in items])
     pictureless = processor.pack([only(item, special, words=True) for _, item in items])
 
@@ -59,24 +56,22 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, text
         return float(values.float().mean()) if len(values) else None
 
     def words(batch: Batch) -> float | None:
-        corruption = corrupt(batch, processor, text_rate, 0.0, keys)
+        corruption = corrupt(batch, processor, flags.text_mask, 0.0, keys)
         return mean(restore(model, corruption, world, causal)[0] == corruption.labels)
 
-    wrong = other_pictures(batch)
-
     def patches(batch: Batch, text_rate: float) -> float | None:
-        corruption = corrupt(batch, processor, text_rate, image_rate, keys)
+        corruption = corrupt(batch, processor, text_rate, flags.image_mask, keys)
         pixels = restore(model, corruption, world, causal)[1]
         return mean((pixels - corruption.target).square())
 
-    target = corrupt(batch, processor, 0.0, image_rate, keys).target  # [G, 4704]
+    target = corrupt(batch, processor, 0.0, flags.image_mask, keys).target  # [G, 4704]
     return {
         "words restored, right picture": words(batch),
         "words restored, wrong picture": (
             None if wrong is None else words(replace(batch, patches=wrong))),
         "words restored, no picture": words(pictureless),
         "patch error, words in clear": patches(batch, 0.0),
-        "patch error, words hidden as in training": patches(batch, text_rate),
+        "patch error, words hidden as in training": patches(batch, flags.text_mask),
         "patch error, no words": patches(wordless, 0.0),
         "patch error, best constant": mean((target - target.mean(0)).square()),
     }
@@ -116,47 +111,40 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int, int], processor: Proce
 
 
 def plot_restorations(path: Path, model: Restorer, processor: Processor, items: Items,
-                      text_rate: float, image_rate: float, seed: int, world: World,
-                      causal: bool) -> None:
+                      flags: Any, world: World, causal: bool) -> None:
     """A column a record: hidden, restored, original; below each picture, the words.
 
     Takes records with one image. A hidden group is grey (the model sees noise there), a hidden word
-    is _; in the second row [words] and groups that were hidden are the model's. Call on all ranks.
+    is _; in the second row [words] and groups that were hidden are the model's. flags: train_cpt's.
+    Call on all ranks.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        3, len(items), figsize=(2.1 * len(items), 8), squeeze=False, layout="tight")
+    figure, decode = Figure((2.1 * len(items), 8), layout="tight"), processor.tokenizer.decode
+    axes = figure.subplots(3, len(items), squeeze=False)
     for column, (number, item) in enumerate(items):
         batch = processor.pack([item])
-        corruption = corrupt(batch, processor, text_rate, image_rate, [(seed, number)])
+        rates = flags.text_mask, flags.image_mask
+        corruption = corrupt(batch, processor, *rates, [(flags.seed, number)])
         tokens, pixels = restore(model, corruption, world, causal)
-        told = dict(zip(corruption.text_rows.tolist(), tokens.tolist(), strict=True))
         hidden = torch.isin(batch.image_rows, corruption.group_rows).numpy()  # [G_all]
         original = batch.patches.numpy().reshape(len(hidden), -1)  # [G_all, 4704]
         grey, restored = original.copy(), original.copy()
         grey[hidden], restored[hidden] = 0.0, pixels.numpy()
-        texts = ["", "", ""]
-        for row, token in enumerate(item.tokens.tolist()):
-            word = processor.tokenizer.decode([token])  # nothing for a special token
-            texts[0] += " _" if row in told else word
-            answer = processor.tokenizer.decode([told.get(row, token)]).strip()
-            texts[1] += f" [{answer}]" if row in told else word
-            texts[2] += word
-        pictures = (grey, restored, original)
-        for axis, groups, text in zip(axes[:, column], pictures, texts, strict=True):
+        words = [decode([token]) for token in item.tokens.tolist()]  # "" for a special token
+        blanks, answers = list(words), list(words)
+        for row, token in zip(corruption.text_rows.tolist(), tokens.tolist(), strict=True):
+            blanks[row], answers[row] = " _", f" [{decode([token]).strip()}]"
+        rows = (grey, blanks), (restored, answers), (original, words)
+        for axis, (groups, parts) in zip(axes[:, column], rows, strict=True):
             axis.imshow(unpatchify(groups, item.grids[0], processor))
-            # parse_math off: a $ in somebody's text is a dollar
-            axis.set_xlabel("\n".join(textwrap.wrap(text, 28)[:4]), fontsize=7, parse_math=False)
+            text = "\n".join(textwrap.wrap("".join(parts), 28)[:4])
+            axis.set_xlabel(text, fontsize=7, parse_math=False)  # a $ in a text is a dollar
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], ("hidden", "restored", "original"), strict=True):
         axis.set_ylabel(name)
     if world.main:
         figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --- stage 2 -------------------------------------------------------------------------------------
@@ -203,15 +191,12 @@ def rank_pairs(pairs: Sequence[Pair], embed: Callable[[list[Record]], np.ndarray
 def plot_retrieval(path: Path, rankings: dict[str, Ranking], shown: int = 1) -> None:
     """A row a query, `shown` of each task: the query, and its five best answers from left to right;
     the right one is framed, if it is among them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     picked = [(name, ranking, query) for name, ranking in rankings.items()
               for query in np.linspace(0, len(ranking.queries) - 1, shown + 2, dtype=int)[1:-1]]
-    figure, axes = plt.subplots(len(picked), 6, figsize=(12.5, 2.2 * len(picked)), squeeze=False,
-                                layout="tight")
+    figure = Figure((12.5, 2.2 * len(picked)), layout="tight")
+    axes = figure.subplots(len(picked), 6, squeeze=False)
     for row, (name, ranking, query) in zip(axes, picked, strict=True):
         best = np.argsort(-ranking.similarities[query], kind="stable")[:5]
         show_record(row[0], ranking.queries[query])
@@ -226,7 +211,6 @@ def plot_retrieval(path: Path, rankings: dict[str, Ranking], shown: int = 1) -> 
                 for spine in axis.spines.values():
                     spine.set(edgecolor="#1a9c3e", linewidth=4)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def show_record(axis: Any, record: Record) -> None:
@@ -243,13 +227,10 @@ def show_record(axis: Any, record: Record) -> None:
 
 def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
     """A panel a task: cosines of the first queries (rows) and their right answers (columns)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(rankings), figsize=(2.6 * len(rankings) + 0.6, 3),
-                                squeeze=False, layout="constrained")
+    figure = Figure((2.6 * len(rankings) + 0.6, 3), layout="constrained")
+    axes = figure.subplots(1, len(rankings), squeeze=False)
     for axis, (name, ranking) in zip(axes[0], rankings.items(), strict=True):
         cosines = ranking.similarities[:size][:, ranking.right[:size]]
         drawn = axis.imshow(cosines, vmin=-0.2, vmax=1, cmap="viridis")
@@ -258,4 +239,3 @@ def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) ->
     axes[0, 0].set_ylabel("queries")
     figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,11 +1,11 @@
 """What both training loops need around them: flags, processes, sharding, checkpoints, log, picture.
 
-Plain functions; the loop itself stands in train_cpt.py. The precision policy, in one place: master
+Plain functions; the loop itself stands in train_cpt.py. In the order in which a script needs them:
+`start`, `load_model`, `begin`, then at each step `prefetch`, `update` and `save_checkpoint`, and at
+the end `save_model` and `plot_losses`. The precision policy, in one place: master
 weights, summed gradients and optimiser state are float32; matrix products run in `--dtype`
 (bfloat16 on CUDA); norms, softmax and losses are computed in float32 whatever the dtype.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -15,9 +15,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from nano_moca.config import MocaError
+from nano_moca.config import BASE, MocaError, load_config
 from nano_moca.model import VLM
 from nano_moca.processor import Processor
 from nano_moca.weights import (
-    find_folder, fresh_folder, replace_folder, save_weights, stored_dtype, writing,
+    build, find_checkpoint, find_folder, fresh_folder, replace_folder, save_weights, stored_dtype,
+    writing,
 )
 
-Flags = TypeVar("Flags")
+# when a run is resumed: what changes nothing that was computed
+MAY_CHANGE = {"output", "steps", "save_every", "resume", "device", "checkpointing", "on_error"}
 
 
 def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf,
@@ -46,11 +48,35 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
 class Parser(argparse.ArgumentParser):
     """An unknown flag or an impossible value is one line and exit code 2."""
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-def parse_flags(kind: type[Flags], argv: list[str] | None, description: str) -> Flags:
+@dataclass
+class CommonFlags:
+    """What both scripts ask. Defaults are for the embedded data on a CPU; a script may change
+    them."""
+
+    model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
+    data: str = flag("builtin", ".jsonl or .parquet file, or a folder of them")
+    output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
+    steps: int = flag(1000, "optimiser steps", low=1)
+    min_pixels: int = flag(None, "smallest area of an image (default: the checkpoint's)")
+    max_pixels: int = flag(None, "largest area of an image (default: the checkpoint's)")
+    attention: str = flag("bidirectional", "in the decoder", choices=("bidirectional", "causal"))
+    learning_rate: float = flag(2e-3, "at its peak; 2e-6 for 3B and 7B", low=0, high=1)
+    warmup: float = flag(0.1, "share of the steps in which it rises", low=0, high=1)
+    clip: float = flag(5.0, "largest gradient norm; inf for no limit", low=1e-9)
+    seed: int = flag(0, "of order, masks and new weights", low=0, high=2**63 - 1)
+    device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
+    dtype: str = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
+    checkpointing: bool = flag(False, "recompute activations in backward to save memory")
+    save_every: int = flag(100, "steps between checkpoints", low=1)
+    resume: bool = flag(False, "go on from the checkpoint in --output")
+    on_error: str = flag("stop", "at a record that cannot be used", choices=("stop", "skip"))
+
+
+def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
     """Fill a flags dataclass from the command line (argv None) or a list of words."""
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -60,7 +86,7 @@ def parse_flags(kind: type[Flags], argv: list[str] | None, description: str) -> 
         if isinstance(field.default, bool):
             about["action"] = "store_true"
         else:
-            about["type"] = str if field.default is None else type(field.default)
+            about["type"] = field.type
             about["choices"] = field.metadata["choices"]
         parser.add_argument(names[field.name], **about)
     flags = parser.parse_args(argv)
@@ -137,32 +163,85 @@ def shard(whole: nn.Module, vlm: VLM, world: World) -> nn.Module:
     return whole
 
 
+def load_model(flags: CommonFlags, world: World, wrap: Callable[[VLM], nn.Module] = lambda vlm: vlm
+               ) -> tuple[nn.Module, Processor]:
+    """The checkpoint in float32, wrapped in what a stage adds to it; and its processor.
+
+    It is sharded if there are ranks; parameters that `wrap` adds are left for the caller to fill.
+    """
+    folder = find_checkpoint(flags.model)
+    config = load_config(folder)
+    processor = Processor.load(folder, config, flags.min_pixels, flags.max_pixels)
+    # a new mask token takes a padded row of the embedding; the embedding grows if none is free
+    config = replace(config, vocabulary=max(config.vocabulary, processor.mask_token + 1))
+    mask_row = processor.mask_token if processor.mask_is_new else None
+    whole = build(folder, config, world.device, torch.float32,
+                  lambda vlm: shard(wrap(vlm), vlm, world), mask_row)
+    for tower in (module for module in whole.modules() if hasattr(module, "checkpointing")):
+        tower.checkpointing = flags.checkpointing
+    return whole, processor
+
+
+def skip_list(flags: CommonFlags, world: World) -> Path | None:
+    """The file that lists unusable records, by the main rank; None if the first stops the run."""
+    listed = Path(flags.output) / "skipped.jsonl" if world.main else Path(os.devnull)
+    return listed if flags.on_error == "skip" else None
+
+
+def begin(flags: CommonFlags, world: World, model: nn.Module, batches: Any, about: str
+          ) -> tuple[torch.optim.Optimizer, "Log", int]:
+    """The optimiser, the log, and the number of steps that are done: 0, or with --resume those that
+    the checkpoint in --output has behind it; then model, optimiser and data are what they were.
+
+    batches: what draws the data, with its place in the run as `state`, a dictionary that counts the
+    records "skipped". about: a step in words, for the line that the run begins with.
+    """
+    output = Path(flags.output)
+    output.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), flags.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    saved = flags.resume and load_checkpoint(output / "checkpoint", world, model, optimizer)
+    if saved:
+        # other flags would end in what is neither the old run nor a new one
+        for name, value in saved["flags"].items():
+            if name not in MAY_CHANGE and getattr(flags, name) != value:
+                raise MocaError(f"--resume: --{name.replace('_', '-')} was {value}: give the same "
+                                "flags, or start anew without --resume")
+        batches.state = saved["data"]
+    elif flags.resume and world.main:
+        print(f"{output} holds no checkpoint: starting anew", flush=True)
+    done = saved["step"] if saved else 0
+    keep_lines(output / "skipped.jsonl", batches.state["skipped"], world)
+    if world.main:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{flags.model} -> {output}: {parameters:,} parameters, steps {done + 1} to "
+              f"{flags.steps} of {about}, {world.size} rank(s) on {world.device.type}, products in "
+              f"{world.dtype}, all else in float32, seed {flags.seed}", flush=True)
+    return optimizer, Log(output / "log.jsonl", world, flags.steps, done), done
+
+
+def update(step: int, loss: float, flags: CommonFlags, model: nn.Module,
+           optimizer: torch.optim.Optimizer, sources: list[str]) -> dict[str, float]:
+    """The end of a step: clip the gradients, refuse what is not finite (the records are named), and
+    move the weights. Returns what the log says of it: rate and gradient norm."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), flags.clip)  # over all ranks
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    for name, value in (("loss", loss), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise MocaError(f"step {step}: the {name} is {value}; the weights keep their last good "
+                            f"state. Lower --learning-rate, or look at {', '.join(sources)}")
+    rate = flags.learning_rate * warmup_then_linear(step - 1, flags.steps, flags.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"lr": rate, "grad_norm": norm}
+
+
 def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
     """The learning rate's factor at a step from 0: up over a share of the steps, then down to 0."""
     rising = max(1, round(steps * warmup))
     return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
-
-
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale the gradients so that their norm over all ranks is at most `limit`; the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def require_finite(step: int, values: dict[str, float], sources: list[str]) -> None:
-    """Stop before the weights take a step that would spoil them."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise MocaError(f"step {step}: the {name} is {value}; the weights keep their last good "
-                            f"state. Lower --learning-rate, or look at {', '.join(sources)}")
-
-
-def require_same(old: dict, new: dict, may_change: set[str]) -> None:
-    """Refuse to go on with other flags: the end would be neither the old run's nor a new one's."""
-    for name, value in old.items():
-        if name not in may_change and new[name] != value:
-            raise MocaError(f"--resume: --{name.replace('_', '-')} was {value} and is {new[name]}: "
-                            "give the same flags, or start anew without --resume")
 
 
 def prefetch(make: Callable[[], Any]) -> Iterator[Any]:
@@ -209,16 +288,15 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
         return None
     if len(list(folder.iterdir())) != world.size:
         raise MocaError(f"{folder} is not of {world.size} ranks: resume with as many as before")
-    file = folder / f"rank-{world.rank:05d}.pt"
+    file, parameters = folder / f"rank-{world.rank:05d}.pt", list(model.parameters())
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        kept = list(zip(model.parameters(), saved["parameters"], saved["moments"], strict=True))
-        wrong = [p for p, tensor, _ in kept if local(p).shape != tensor.shape]
-    except Exception as error:  # torch.load and pickle raise many kinds
-        wrong = [error]
-    if wrong:
+        shapes = [tensor.shape for tensor in saved["parameters"]]
+    except Exception:  # torch.load and pickle raise many kinds
+        shapes = None
+    if shapes != [local(parameter).shape for parameter in parameters]:
         raise MocaError(f"{file} is damaged or of another model: start without --resume")
-    for parameter, tensor, moments in kept:
+    for parameter, tensor, moments in zip(parameters, saved["parameters"], saved["moments"]):
         local(parameter).copy_(tensor)
         for key, value in moments.items():
             whole = torch.zeros_like(parameter) if value.dim() else value.clone()
@@ -278,13 +356,10 @@ class Log:
 
 def plot_losses(path: Path, lines: list[dict], names: list[str]) -> None:
     """One panel a loss: each step's value, and a running mean over a twentieth of the run."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False, layout="tight")
+    figure = Figure((4.2 * len(names), 3.2), layout="tight")
+    axes = figure.subplots(1, len(names), squeeze=False)
     steps, window = [line["step"] for line in lines], max(1, len(lines) // 20)
     for axis, name in zip(axes[0], names, strict=True):
         values = torch.tensor([line[name] for line in lines])
@@ -292,7 +367,6 @@ def plot_losses(path: Path, lines: list[dict], names: list[str]) -> None:
         axis.plot(steps[window - 1 :], values.unfold(0, window, 1).mean(1), color="#1f4e9c")
         axis.set(xlabel="step", title=name.replace("_", " "), ylim=(0, None))
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def run(main: Callable[[], object]) -> None:

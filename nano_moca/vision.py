@@ -12,8 +12,6 @@ more kind of short sequence.
 MoCa leaves this tower as it is, in both stages: it always was bidirectional.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch
@@ -124,10 +122,14 @@ class Merger(nn.Module):
         return self.mlp(self.ln_q(x).view(-1, self.group_width))  # [P, width] -> [P/4, D]
 
 
+def run_block(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
+    """block(*inputs); with `checkpointing` its activations are recomputed in backward, not kept."""
+    return checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
+
+
 @lru_cache(maxsize=4096)
-def image_layout(
-    grid: tuple[int, int, int], config: VisionConfig
-) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def image_layout(grid: tuple[int, int, int], config: VisionConfig
+                 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Where the patches of one image are, and how its groups sort into windows.
 
     Returns positions [P, 2] (row and column of each patch, in the order by groups); order [P/4]
@@ -180,14 +182,9 @@ class VisionTower(nn.Module):
         frequencies = rotary_frequencies(config.width // config.heads // 2, 10000.0, device)
         angles = torch.cat(positions).to(device)[:, :, None] * frequencies  # [P, 2, d/4]
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, width]
-        x = x.view(-1, per_group, x.shape[-1])[order].flatten(0, 1)  # by window
-        angles = angles.flatten(1).view(-1, per_group, angles[0].numel())  # [P/4, 4, d/2]
-        angles = angles[order].flatten(0, 1)
+        x, angles = (rows.view(-1, per_group, rows[0].numel())[order].flatten(0, 1)
+                     for rows in (x, angles))  # by window: [P, width], [P, d/2]
         for index, block in enumerate(self.blocks):
-            full = not config.window or index in config.full_blocks
-            segments = images if full else windows
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, segments, use_reentrant=False)
-            else:
-                x = block(x, angles, segments)
+            segments = images if index in config.full_blocks else windows
+            x = run_block(block, self.checkpointing, x, angles, segments)
         return self.merger(x)[torch.argsort(order)]  # [P/4, D], back in the image's order

@@ -11,8 +11,12 @@ import pytest
 
 from nano_moca import builtin
 from nano_moca.builtin import CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, Builtin, Scene
-from nano_moca.config import MocaError
+from nano_moca.config import BASE, MocaError, load_config
 from nano_moca.processor import MARK, Record
+
+SPECIAL = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+    "quad_end vision_start vision_end vision_pad image_pad video_pad").split()
 
 
 @pytest.fixture
@@ -203,8 +207,13 @@ def test_each_caption_word_is_one_token(tokenizer):
 
 def test_the_tokenizer_is_like_qwens(tokenizer):
     size = tokenizer.get_vocab_size(with_added_tokens=False)
-    ids = [tokenizer.token_to_id(name) for name in builtin.SPECIAL]
+    ids = [tokenizer.token_to_id(f"<|{name}|>") for name in SPECIAL]
     assert ids == list(range(size, size + 14))  # after the vocabulary, as in Qwen
+    config = load_config(BASE).raw  # which the next base is made with too
+    for key, name in (("bos_token_id", "endoftext"), ("eos_token_id", "im_end"),
+                      ("vision_start_token_id", "vision_start"), ("image_token_id", "image_pad"),
+                      ("vision_end_token_id", "vision_end"), ("video_token_id", "video_pad")):
+        assert config[key] == ids[SPECIAL.index(name)]
     assert tokenizer.encode("<|vision_start|><|image_pad|>").ids == [ids[9], ids[12]]
     text = "Caf\u00e9 \u4f60\u597d 12345 \U0001f98a\n\n  spaces   and\ttabs 'tis it's"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text  # byte-level: nothing is unknown

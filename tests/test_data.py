@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.data import Draw, JsonLines, TokenBatches, deal, load_records, open_data
+from nano_moca.data import Draw, JsonLines, TokenBatches, deal, load_records, open_rows
 
 LINES = [
     {"text": "words alone", "images": []},
@@ -104,7 +104,7 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
         if name.endswith("parquet"):
             pytest.importorskip("pyarrow")
         with pytest.raises(MocaError, match=name) as caught:
-            open_data(tmp_path / name)
+            open_rows(tmp_path / name)
         assert "\n" not in str(caught.value)
 
 

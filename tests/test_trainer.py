@@ -16,8 +16,8 @@ from torch import nn
 
 from nano_moca import Moca, MocaError
 from nano_moca.trainer import (
-    Log, World, clip_gradients, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
-    require_finite, save_checkpoint, save_model, start, warmup_then_linear,
+    CommonFlags, Log, World, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
+    save_checkpoint, save_model, start, update, warmup_then_linear,
 )
 from nano_moca.weights import find_folder, fresh_folder, replace_folder
 
@@ -358,21 +358,31 @@ def test_prefetch() -> None:
         next(values)
 
 
-def test_clip_gradients() -> None:
-    """The norm before is told; gradients beyond the limit are scaled to it, others are not."""
-    model = nn.Linear(2, 1, bias=False)
-    for given, limit, left in (((3.0, 4.0), 1.0, 1.0), ((0.3, 0.4), 1.0, 0.5)):
+def test_update_clips() -> None:
+    """The norm before is told; gradients beyond the limit are scaled to it, others are not; the
+    weights move by the schedule's rate, and the gradients are gone."""
+    flags = CommonFlags(learning_rate=0.5, steps=10, warmup=0.4, clip=1.0)
+    for given, moved in (((3.0, 4.0), (0.6, 0.8)), ((0.3, 0.4), (0.3, 0.4))):
+        model = nn.Linear(2, 1, bias=False)
+        optimizer, before = torch.optim.SGD(model.parameters(), 1.0), model.weight.detach().clone()
         model.weight.grad = torch.tensor([given])
-        assert clip_gradients(model, limit) == pytest.approx(math.hypot(*given))
-        assert float(model.weight.grad.norm()) == pytest.approx(left, rel=1e-5)
+        told = update(2, 1.0, flags, model, optimizer, [])
+        assert told == {"lr": 0.25, "grad_norm": pytest.approx(math.hypot(*given))}
+        expected = before - 0.25 * torch.tensor([moved])
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert model.weight.grad is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_require_finite(value: float) -> None:
-    """A value that is not finite names step, quantity and records; finite ones pass."""
-    require_finite(7, {"loss": 1.0, "gradient norm": 0.0}, ["a.jsonl:1"])
-    with pytest.raises(MocaError, match="step 7: the gradient norm .*a.jsonl:1, a.jsonl:2"):
-        require_finite(7, {"loss": 1.0, "gradient norm": value}, ["a.jsonl:1", "a.jsonl:2"])
+def test_update_refuses_what_is_not_finite(value: float) -> None:
+    """Loss or gradient: step, quantity and records are named, and the weights stay."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer, before = torch.optim.SGD(model.parameters(), 1.0), model.weight.detach().clone()
+    for loss, gradient, name in ((value, 1.0, "loss"), (1.0, value, "gradient norm")):
+        model.weight.grad = torch.tensor([[1.0, gradient]])
+        with pytest.raises(MocaError, match=f"step 7: the {name} .*a.jsonl:1, a.jsonl:2"):
+            update(7, loss, CommonFlags(), model, optimizer, ["a.jsonl:1", "a.jsonl:2"])
+        assert model.weight.equal(before)
 
 
 @pytest.mark.parametrize("count", [1, 45])

@@ -106,13 +106,16 @@ def in_shards(moca: Moca, folder: Path, monkeypatch) -> Path:
 
 
 def test_shards_that_do_not_fit(moca: Moca, tmp_path: Path, monkeypatch) -> None:
-    """A missing or cut shard, and an index that promises what no shard holds, are named."""
+    """A missing or cut shard is named, and so is what an index leaves out."""
     index = in_shards(moca, tmp_path / "model", monkeypatch)
     content = index.read_text()
     promised = json.loads(content)
-    promised["weight_map"]["model.ghost"] = promised["weight_map"][NORM]
+    left_out = promised["weight_map"][NORM]
+    promised["weight_map"] = {k: v for k, v in promised["weight_map"].items() if v != left_out}
     index.write_text(json.dumps(promised))
-    assert "model.ghost" in refusal(index.parent)
+    assert "missing" in refusal(index.parent)
+    index.write_text(json.dumps({"weight_map": [left_out]}))
+    assert index.name in refusal(index.parent)
     index.write_text(content[: len(content) // 2])
     assert index.name in refusal(index.parent)
     index.write_text(content)
