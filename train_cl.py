@@ -11,7 +11,7 @@ Without flags it goes on from stage 1's output, or from the nano base if there i
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -24,8 +24,8 @@ from nano_moca.losses import backward_through_cache, info_nce
 from nano_moca.processor import Encoded
 from nano_moca.report import plot_retrieval, plot_similarity, rank_pairs
 from nano_moca.trainer import (
-    CommonFlags, World, begin, flag, keep_lines, load_model, parse_flags, plot_losses,
-    prefetch, run, save_checkpoint, save_model, skip_list, start, update,
+    CommonFlags, World, begin, end, flag, load_model, parse_flags, plot_losses, prefetch, run,
+    save_step, skip_list, start, update,
 )
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
@@ -40,7 +40,7 @@ class Flags(CommonFlags):
                       "default is stage 1's output, or the nano base if there is none")
     data: str = flag("builtin", ".jsonl or .parquet file of pairs, or a folder of them")
     output: str = flag("runs/cl", "folder for log, checkpoint, model and pictures")
-    steps: int = flag(400, "optimiser steps", low=1)
+    steps: int = flag(300, "optimiser steps", low=1)
     learning_rate: float = flag(1e-3, "at its peak; 2e-5 for 3B and 7B", low=0, high=1)
     warmup: float = flag(0.05, "share of the steps in which it rises", low=0, high=1)
     batch: int = flag(64, "pairs a step over all ranks", low=2)
@@ -90,7 +90,7 @@ def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
 
 def train(flags: Flags) -> None:
     """The whole of stage 2: build, loop, save, report."""
-    world, output = start(flags.device, flags.dtype), Path(flags.output)
+    world = start(flags.device, flags.dtype)
     model, processor = load_model(flags, world)
     skipped = skip_list(flags, world)
     unusable = [] if skipped else None  # what is wrong with lines that say no task
@@ -128,13 +128,8 @@ def train(flags: Flags) -> None:
         log.write({"step": step, "loss": whole, "task": drawn.task, "accuracy": right / drawn.batch,
                    **moved, "tokens": drawn.tokens,
                    "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
-        if step % flags.save_every == 0 or step == flags.steps:
-            state = {"step": step, "data": seen, "flags": asdict(flags)}
-            save_checkpoint(output / "checkpoint", world, model, optimizer, state)
-    log.bar.close()
-    loader.close()
-    keep_lines(output / "skipped.jsonl", seen["skipped"], world)  # the draw ahead was for nothing
-    save_model(output / "model", world, model, processor)
+        save_step(step, flags, world, model, optimizer, seen, log)
+    end(flags, world, model, processor, log, loader, seen)
     finish(flags, world, Moca(model, processor, flags.attention, pooling), log.lines)
 
 

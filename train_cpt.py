@@ -8,8 +8,9 @@ Without flags it starts from the nano base in this repository and the embedded d
 minutes on a laptop. `--objective next-token` is the control: the same data under the causal loss.
 """
 
+import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from nano_moca.model import Restorer
 from nano_moca.processor import Processor
 from nano_moca.report import cross_modal_report, plot_restorations
 from nano_moca.trainer import (
-    CommonFlags, World, begin, flag, keep_lines, load_model, parse_flags, plot_losses,
-    prefetch, run, save_checkpoint, save_model, skip_list, start, update,
+    CommonFlags, World, begin, end, flag, load_model, parse_flags, plot_losses, prefetch, run,
+    save_step, skip_list, start, update,
 )
 
 REPORT_TOKENS = 8192  # of unseen records, for the report at the end
@@ -46,7 +47,7 @@ def exercises(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption
     batches = [processor.pack([item for _, item in part]) for part in draw.parts]
     if flags.objective == "next-token":
         return [next_token(batch, processor) for batch in batches]
-    rates = flags.text_mask, flags.image_mask if flags.mae_weight else 0.0
+    rates = flags.text_mask, flags.image_mask
     keys = [[(flags.seed, number) for number, _ in part] for part in draw.parts]
     return [corrupt(b, processor, *rates, k) for b, k in zip(batches, keys, strict=True)]
 
@@ -58,7 +59,8 @@ def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
     parts = {"first": lines[:tenth], "last": lines[-tenth:]}
     scores = {f"{name}, {when} tenth": sum(line[name] for line in part) / tenth
               for name in ("mlm_loss", "mae_loss") for when, part in parts.items()}
-    # every rank looks at the same records
+    # every rank looks at the same records; what cannot be used among them nobody missed
+    batches.skipped = batches.skipped and Path(os.devnull)
     batches.rank, batches.world, batches.accumulate, batches.budget = 0, 1, 1, REPORT_TOKENS
     try:
         items = [item for item in next(batches).parts[0] if item[1].grids]
@@ -74,13 +76,18 @@ def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
         plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
         write_json(output / "scores.json", scores)
         for name, value in scores.items():
-            print(f"{name:>42s}  " + ("nothing was hidden" if value is None else f"{value:.3f}"))
+            print(f"{name:>42s}  " + ("not measured" if value is None else f"{value:.3f}"))
         print(f"{output}: the model is in model/, beside it scores.json and the pictures")
 
 
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
-    world, output = start(flags.device, flags.dtype), Path(flags.output)
+    if not flags.mae_weight:
+        flags = replace(flags, image_mask=0.0)  # a patch that counts nothing need not be hidden
+    if flags.objective == "restore" and not flags.text_mask and not flags.image_mask:
+        raise MocaError("nothing is hidden, so there is nothing to learn: raise --text-mask, or "
+                        "--image-mask and --mae-weight")
+    world = start(flags.device, flags.dtype)
     model, processor = load_model(flags, world, Restorer)
     model.patch_decoder.start_from(model.vlm.language, flags.seed)
     batches = TokenBatches(
@@ -116,14 +123,9 @@ def train(flags: Flags) -> None:
         log.write({"step": step, "loss": whole, "mlm_loss": mlm_loss, "mae_loss": mae_loss, **moved,
                    "tokens": drawn.tokens,
                    "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
-        if step % flags.save_every == 0 or step == flags.steps:
-            state = {"step": step, "data": seen, "flags": asdict(flags)}
-            save_checkpoint(output / "checkpoint", world, model, optimizer, state)
-    log.bar.close()
-    loader.close()  # the draw that was one ahead has not been learned from: take it back
+        save_step(step, flags, world, model, optimizer, seen, log)
+    end(flags, world, model.vlm, processor, log, loader, seen)
     batches.state = seen
-    keep_lines(output / "skipped.jsonl", seen["skipped"], world)
-    save_model(output / "model", world, model.vlm, processor)
     finish(flags, world, model, processor, batches, log.lines, causal)
 
 

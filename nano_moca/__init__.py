@@ -22,7 +22,7 @@ from nano_moca.model import VLM
 from nano_moca.processor import MARK, Processor, Record
 from nano_moca.weights import build, find_checkpoint, stored_dtype
 
-__all__ = ["MARK", "Moca", "MocaError", "Record", "as_record", "load"]
+__all__ = ["MARK", "Moca", "MocaError", "Record", "as_records", "load"]
 TOKENS_AT_ONCE = 8192  # a forward pass's budget: items are packed up to it
 
 
@@ -43,10 +43,7 @@ class Moca:
         `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot
         be used.
         """
-        if isinstance(items, str):
-            raise MocaError("embed takes a list of items: write [text]")
-        records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
-        encoded = [self.processor.encode(record) for record in records]
+        encoded = [self.processor.encode(record) for record in as_records(items)]
         ends = np.cumsum([len(item.tokens) for item in encoded]) // TOKENS_AT_ONCE
         vectors = [torch.empty(0, self.model.config.width)]
         for part in np.unique(ends):
@@ -58,7 +55,7 @@ class Moca:
 
     def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
         """What a causal model says next, greedily, up to its end token or `steps` tokens."""
-        records = [as_record(item, f"item {number}") for number, item in enumerate(items)]
+        records = as_records(items)
         if not records:
             return []
         batch = self.processor.batch(records).to(self.model.head.device)
@@ -66,11 +63,13 @@ class Moca:
         return [self.processor.tokenizer.decode(t, skip_special_tokens=False) for t in tokens]
 
 
-def as_record(item: str | dict | Record, source: str) -> Record:
-    """A text, a {"text", "images"} object or a record, as a record."""
-    if isinstance(item, Record):
-        return item
-    return make_record({"text": item} if isinstance(item, str) else item, None, source)
+def as_records(items: Sequence[str | dict | Record]) -> list[Record]:
+    """Texts, {"text", "images"} objects and records, as records."""
+    if isinstance(items, (str, dict, Record)):
+        raise MocaError("one item alone: give a list of items, [item]")
+    fields = [{"text": item} if isinstance(item, str) else item for item in items]
+    return [item if isinstance(item, Record) else make_record(item, None, f"item {number}")
+            for number, item in enumerate(fields)]
 
 
 def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,

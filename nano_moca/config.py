@@ -128,7 +128,15 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
                 config.width % config.heads or config.heads % config.key_heads
                 or vision.width % vision.heads),
             "window_size must be whole groups": vision.window % (vision.patch * vision.merge),
-            "mrope_section must be half a head": sum(config.rope_sections) * 2 - config.head_width,
+            "mrope_section must be three, half a head together": (
+                len(config.rope_sections) - 3 or sum(config.rope_sections) * 2 - config.head_width),
+            "rope must be plain, not stretched (yarn)": (
+                (rope.get("rope_type") or rope.get("type") or "mrope") not in ("mrope", "default")),
+            "layer_types must be full_attention": (
+                {*(text.get("layer_types") or ())} - {"full_attention"}),
+            "torch_dtype must be float32, bfloat16 or float16": (
+                {text.get("torch_dtype"), text.get("dtype")}
+                - {None, "float32", "bfloat16", "float16"}),
             "the vision tower must put out the decoder's width": vision.out_width - config.width,
         }
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

@@ -97,15 +97,15 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> t
 
 
 def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Image:
-    """A PIL image, with its header read, or all of it; MocaError names the record and the file."""
+    """A PIL image with its header read, or decoded to RGB; MocaError names record and file."""
     name = getattr(image, "filename", image)
     name = "an image given as bytes" if isinstance(name, bytes) or not name else f"the image {name}"
     try:
         if not isinstance(image, Image.Image):
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        if decode:
-            image.load()
-        return image
+        if image.mode.startswith(("I", "F")):  # converting would clip: all white, or all black
+            raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+        return image.convert("RGB") if decode else image
     except FileNotFoundError:
         raise MocaError(f"{source}: {name} does not exist: correct the path") from None
     except Exception as error:  # Pillow raises a dozen kinds for files that are no good images
@@ -118,7 +118,8 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, config: Config, image: dict, where: str = "") -> None:
         """image: the content of preprocessor_config.json. where: named in errors."""
         self.tokenizer, self.config, self.image = tokenizer, config, dict(image)
-        size = self.image.pop("size", None) or {}  # the limits of the area, in pixels
+        size = self.image.pop("size", None)  # the limits of the area, in pixels
+        size = size if isinstance(size, dict) else {}
         self.min_pixels = image.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         self.max_pixels = image.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
         if not 0 < self.min_pixels <= self.max_pixels:
@@ -155,7 +156,10 @@ class Processor:
         tokenizer.no_padding()
         image = read_json(path.with_name("preprocessor_config.json"))
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        return cls(tokenizer, config, image | {k: v for k, v in limits.items() if v}, str(path))
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        if min(limits.values(), default=1) < 1:
+            raise MocaError(f"pixel limits must be at least 1: {limits}")
+        return cls(tokenizer, config, image | limits, str(path))
 
     def grid(self, image: Image.Image, source: str) -> tuple[int, int, int]:
         """Frames, rows and columns of patches that an image is resized to."""
@@ -174,7 +178,7 @@ class Processor:
         p, m, frames = self.config.vision.patch, self.config.vision.merge, self.config.vision.frames
         image = open_image(image, source, decode=True)
         _, rows, columns = self.grid(image, source)
-        image = image.convert("RGB").resize((columns * p, rows * p), Image.Resampling.BICUBIC)
+        image = image.resize((columns * p, rows * p), Image.Resampling.BICUBIC)
         values = np.asarray(image, np.float32) / np.float32(255)  # [height, width, 3]
         cut = ((values - self.mean) / self.std).reshape(rows // m, m, p, columns // m, m, p, 3)
         cut = cut.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows/2, columns/2, 2, 2, channel, y, x]

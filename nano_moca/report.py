@@ -217,7 +217,7 @@ def show_record(axis: Any, record: Record) -> None:
     """A record's first image, or its words in a box."""
     axis.set(xticks=[], yticks=[])
     if record.images:
-        axis.imshow(open_image(record.images[0], record.source, decode=True).convert("RGB"))
+        axis.imshow(open_image(record.images[0], record.source, decode=True))
     words = re.sub(r"<\|\w+\|>", "", record.text).strip()
     if words:
         text = "\n".join(textwrap.wrap(words, 26)[:7])

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,17 +207,23 @@ def begin(flags: CommonFlags, world: World, model: nn.Module, batches: Any, abou
             if name not in MAY_CHANGE and getattr(flags, name) != value:
                 raise MocaError(f"--resume: --{name.replace('_', '-')} was {value}: give the same "
                                 "flags, or start anew without --resume")
+        before, now = saved["data"]["records"], batches.state["records"]
+        if before != now:
+            raise MocaError(f"--resume: {flags.data} held {before} records and now {now}: give the "
+                            "same data, or start anew without --resume")
         batches.state = saved["data"]
     elif flags.resume and world.main:
         print(f"{output} holds no checkpoint: starting anew", flush=True)
     done = saved["step"] if saved else 0
+    if done > flags.steps:
+        raise MocaError(f"--resume: {done} steps are done: --steps {flags.steps} is less")
     keep_lines(output / "skipped.jsonl", batches.state["skipped"], world)
     if world.main:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{flags.model} -> {output}: {parameters:,} parameters, steps {done + 1} to "
               f"{flags.steps} of {about}, {world.size} rank(s) on {world.device.type}, products in "
               f"{world.dtype}, all else in float32, seed {flags.seed}", flush=True)
-    return optimizer, Log(output / "log.jsonl", world, flags.steps, done), done
+    return optimizer, Log(output / "log.jsonl", world, flags.steps, saved or None), done
 
 
 def update(step: int, loss: float, flags: CommonFlags, model: nn.Module,
@@ -305,6 +311,25 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
     return saved["state"]
 
 
+def save_step(step: int, flags: CommonFlags, world: World, model: nn.Module,
+              optimizer: torch.optim.Optimizer, data: dict, log: "Log") -> None:
+    """The checkpoint of this step, if one is due. data: from which the next step is drawn."""
+    if step % flags.save_every == 0 or step == flags.steps:
+        state = {"step": step, "data": data, "flags": asdict(flags), "line": log.lines[-1]}
+        save_checkpoint(Path(flags.output) / "checkpoint", world, model, optimizer, state)
+
+
+def end(flags: CommonFlags, world: World, vlm: VLM, processor: Processor, log: "Log",
+        loader: Iterator, data: dict) -> None:
+    """After the last step: close what was open, and save the model."""
+    log.bar.close()
+    loader.close()  # the draw that was one ahead has not been learned from: take it back
+    keep_lines(Path(flags.output) / "skipped.jsonl", data["skipped"], world)
+    if data["skipped"] and world.main:
+        print(f"{data['skipped']} times a record could not be used: see skipped.jsonl", flush=True)
+    save_model(Path(flags.output) / "model", world, vlm, processor)
+
+
 def save_model(folder: Path, world: World, vlm: VLM, processor: Processor) -> None:
     """Write what transformers and `nano_moca.load` read, in the dtype of the checkpoint begun with.
 
@@ -337,10 +362,14 @@ def keep_lines(path: Path, count: int, world: World) -> list[bytes]:
 class Log:
     """log.jsonl, one object a step, and a progress bar that shows the same; by the main rank."""
 
-    def __init__(self, path: Path, world: World, steps: int, done: int) -> None:
-        """done: steps made before a resume. What was logged after them is made again: cut it
-        off."""
+    def __init__(self, path: Path, world: World, steps: int, saved: dict | None) -> None:
+        """saved: the checkpoint's state when a run is resumed. What was logged after it is made
+        again: cut it off."""
+        done = saved["step"] if saved else 0
         self.lines = [json.loads(line) for line in keep_lines(path, done, world)]
+        if saved and self.lines[-1:] != [saved["line"]]:
+            raise MocaError(f"{path} and the checkpoint beside it are of two runs: start anew "
+                            "without --resume")
         self.file = open(path if world.main else os.devnull, "a", buffering=1)
         hidden = None if world.main else True  # None: shown on a terminal only
         self.bar = tqdm(total=steps, initial=done, disable=hidden, unit="step")

@@ -74,7 +74,7 @@ def use(folder: Path) -> None:
     load_peak = peak_kb()
     image = Image.effect_noise((448, 448), 64)  # 32 x 32 patches of 14 pixels
     item = {"text": nano_moca.MARK + "Represent the given document image.", "images": [image]}
-    assert len(moca.processor.encode(nano_moca.as_record(item, "item")).tokens) > 256
+    assert len(moca.processor.encode(nano_moca.as_records([item])[0]).tokens) > 256
     vector = moca.embed([item])
     done = time.perf_counter()
     assert vector.shape == (1, 2048) and abs(float(vector.norm()) - 1) < 1e-3

@@ -118,7 +118,7 @@ def test_twins_exist_whenever_two_cells_differ(random):
 def test_page_queries_name_what_is_on_the_page(random):
     for _ in range(100):
         page = builtin.random_scene(random, rows=4, columns=4)
-        query = builtin.page_query(page, random)
+        query, _ = builtin.page_query(page, random)
         words = query.replace(",", "").split()
         pairs = zip(words, words[1:])
         named = [pair for pair in pairs if pair[0] in COLOURS and pair[1] in NAMES]

@@ -88,9 +88,9 @@ def test_lines_without_a_task(tmp_path: Path, bad: object, says: str) -> None:
     with pytest.raises(MocaError, match="data.jsonl:2") as caught:
         load_tasks(str(path), 0)
     assert says in str(caught.value)
-    unusable: list[str] = []
+    unusable: list[MocaError] = []
     assert len(load_tasks(str(path), 0, unusable)["good"]) == 2
-    assert len(unusable) == 1 and "data.jsonl:2" in unusable[0]
+    assert len(unusable) == 1 and "data.jsonl:2" in str(unusable[0])
 
 
 @pytest.mark.parametrize(("bad", "says"), [

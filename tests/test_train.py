@@ -207,6 +207,29 @@ def test_resumed_with_other_flags(plain: Path, golden: Path, mixed: Path, tmp_pa
     assert_equal_run(output, plain)
 
 
+def test_a_new_run_in_an_old_folder(plain: Path, golden: Path, data: Path, tmp_path: Path) -> None:
+    """A checkpoint that an earlier run left is not what a later, broken-off run resumes from."""
+    output = Path(shutil.copytree(plain, tmp_path / "run"))
+    lines = (output / "log.jsonl").read_text().splitlines(keepends=True)
+    (output / "log.jsonl").write_text("".join(lines[:2]))  # it began anew, and was killed
+    with pytest.raises(MocaError, match="two runs"):
+        in_process(golden, output, "--data", data, "--resume", "--steps", "8")
+
+
+def test_resumed_with_other_data(plain: Path, golden: Path, data: Path, tmp_path: Path) -> None:
+    """A file that lost a line would give other records: it is refused; so are fewer steps."""
+    output = Path(shutil.copytree(plain, tmp_path / "run"))
+    folder = Path(shutil.copytree(data.parent, tmp_path / "data"))
+    (folder / data.name).write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+    saved = torch.load(output / "checkpoint" / "rank-00000.pt", weights_only=True)
+    saved["state"]["flags"]["data"] = str(folder / data.name)
+    torch.save(saved, output / "checkpoint" / "rank-00000.pt")
+    with pytest.raises(MocaError, match="held 12 records and now 11"):
+        in_process(golden, output, "--data", folder / data.name, "--resume")
+    with pytest.raises(MocaError, match="6 steps are done"):
+        in_process(golden, plain, "--data", data, "--resume", "--steps", "4")
+
+
 # --- ablations ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -238,6 +261,26 @@ def test_no_patch_is_hidden(ablated: Callable) -> None:
     for one, other in zip(*logs, strict=True):
         assert one["mae_loss"] == other["mae_loss"] == 0
         assert one["loss"] == other["loss"] == one["mlm_loss"] > 0
+
+
+@pytest.mark.parametrize("flags", ["--text-mask 0 --image-mask 0", "--text-mask 0 --mae-weight 0"])
+def test_nothing_to_learn(ablated: Callable, flags: str) -> None:
+    """Both objectives off is no run."""
+    with pytest.raises(MocaError, match="nothing is hidden"):
+        ablated(*flags.split())
+
+
+def test_no_report_of_what_was_not_learned(ablated: Callable, tmp_path: Path) -> None:
+    """With --mae-weight 0 no patch is hidden in the report either."""
+    ablated("--mae-weight", "0")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["patch error, words in clear"] is None
+
+
+def test_pixel_limits(ablated: Callable, plain: Path) -> None:
+    """--max-pixels makes pictures smaller, as a checkpoint's own limit does."""
+    small = ablated("--max-pixels", "3136", "--min-pixels", "784")
+    assert small[0]["mae_loss"] != read_log(plain)[0]["mae_loss"]
 
 
 def test_causal_attention(ablated: Callable, plain: Path) -> None:
@@ -302,6 +345,10 @@ BAD_LINES = {
     "stray pad": {"text": f"{MARK} <|image_pad|>", "images": ["0.png"]},
     "half a surrogate pair": r'{"text": "\ud800"}',
     "thin image": {"text": MARK, "images": ["thin.png"]},
+    "deep nesting": "[" * 100_000,
+    "surrogate in a path": r'{"text": "<|vision_start|><|image_pad|><|vision_end|>", '
+                           r'"images": ["\ud800.png"]}',
+    "sixteen bits": {"text": MARK, "images": ["deep.png"]},
     "too long for its images": {"text": MARK * 40, "images": ["0.png"] * 40},
 }
 
@@ -313,6 +360,7 @@ def bad_data(folder: Path, mixed: Path, *kinds: str) -> Path:
         shutil.copy(picture, folder)
     (folder / "cut.png").write_bytes((folder / "4.png").read_bytes()[:3000])
     Image.new("RGB", (1000, 2)).save(folder / "thin.png")
+    Image.fromarray(np.full((56, 56), 40_000, np.uint16)).save(folder / "deep.png")
     shutil.copy(folder / "0.png", folder.parent / "outside.png")
     return write_data(folder / "data.jsonl", [*good[:2], *(BAD_LINES[k] for k in kinds), *good[2:]])
 
@@ -361,6 +409,8 @@ def test_bad_records_are_skipped(launch: Callable, run: Callable, mixed: Path, t
         listed = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
         assert [line["count"] for line in listed] == list(range(1, len(listed) + 1))
         first = [line["reason"] for line in listed[: len(kinds)]]
+        seen = torch.load(output / "checkpoint" / "rank-00000.pt", weights_only=True)["state"]
+        assert len(listed) == seen["data"]["skipped"], "the report's records are listed too"
         for number in range(3, 3 + len(kinds)):
             assert sum(f"data.jsonl:{number}: " in reason for reason in first) == 1
 

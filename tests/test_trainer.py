@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def read_log(path: Path) -> list[dict]:
 
 def logged(path: Path, done: int, steps: int) -> Log:
     """Log the steps after `done`, as a run does."""
-    log = Log(path, ALONE, steps, done)
+    saved = {"step": done, "line": {"step": done, "loss": 1 / max(1, done)}}
+    log = Log(path, ALONE, steps, saved if done else None)
     for step in range(done + 1, steps + 1):
         log.write({"step": step, "loss": 1 / step})
     log.file.close()
@@ -123,13 +125,24 @@ def test_log_cuts_what_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     logged(path, 0, 6)
     before = path.read_bytes().splitlines()
-    Log(path, ALONE, 6, 3).file.close()
+    logged(path, 3, 3)
     assert path.read_bytes().splitlines() == before[:3]
     log = logged(path, 3, 6)
     assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4, 5, 6]
     assert log.lines == read_log(path)
     logged(path, 0, 2)
     assert [line["step"] for line in read_log(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: logged(path, 0, 2),
+                                   lambda path: path.write_text('{"step": 1}\n' * 6)])
+def test_log_of_another_run(tmp_path: Path, spoil: Callable) -> None:
+    """A log that is gone, shorter, or of other steps than the checkpoint's is refused."""
+    path = tmp_path / "log.jsonl"
+    logged(path, 0, 6)
+    spoil(path)
+    with pytest.raises(MocaError, match="two runs"):
+        logged(path, 3, 6)
 
 
 @pytest.mark.parametrize("cut", [1, 10])
@@ -144,7 +157,7 @@ def test_log_with_a_last_line_cut_off(tmp_path: Path, cut: int) -> None:
 
 def test_log_is_on_disk_at_once(tmp_path: Path) -> None:
     """Each line can be read as soon as it is written; other ranks write nothing."""
-    log = Log(tmp_path / "log.jsonl", ALONE, 3, 0)
+    log = Log(tmp_path / "log.jsonl", ALONE, 3, None)
     log.write({"step": 1, "loss": 0.5})
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.5}]
     log.file.close()
