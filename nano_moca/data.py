@@ -89,6 +89,7 @@ class Parquet(Sequence):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> tuple[object, str]:
+        index = range(len(self))[index]  # IndexError past the end, which is what ends a for loop
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         rows = self.group(group).slice(index - self.starts[group], 1)
         return rows.to_pylist()[0], f"{self.path} row {index + 1}"
