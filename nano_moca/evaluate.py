@@ -37,7 +37,7 @@ from nano_moca import MARK, Moca, MocaError, Record, load
 from nano_moca.builtin import NEW, BuiltinTask, builtin_tasks
 from nano_moca.config import write_json
 from nano_moca.data import FILE_KINDS, make_record, open_data, record_key
-from nano_moca.report import rank_pairs
+from nano_moca.report import cosines, rank_pairs
 from nano_moca.trainer import Parser, run
 from nano_moca.weights import find_checkpoint
 
@@ -156,15 +156,11 @@ def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
                 records.append(make_record(fields, images, where))
             questions.append([places[side] for side in sides])
         vectors = embed(records)
-        right = [first_is_best(vectors[found] @ vectors[query]) for query, *found in questions]
-        chance = [1 / (len(question) - 1) for question in questions]
-        yield folder.name, {"precision@1": float(np.mean(right)), "queries": len(right),
+        found = [cosines(vectors[[query]], vectors[others])[0] for query, *others in questions]
+        right = [(row[0] > row[1:]).all() for row in found]  # a tie or NaN is not larger
+        chance = [1 / len(row) for row in found]
+        yield folder.name, {"precision@1": float(np.mean(right)), "queries": len(found),
                             "chance": float(np.mean(chance))}
-
-
-def first_is_best(similarities: np.ndarray) -> bool:
-    """Whether the first of [C] is larger than every other; a tie or NaN is not."""
-    return bool((similarities[0] > similarities[1:]).all() and similarities[0] == similarities[0])
 
 
 def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
@@ -184,9 +180,9 @@ def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
                    for _, image, where in corpus]
         records += [Record(str(text), [], where) for _, text, where in judged]
         vectors = embed(records)
-        pages, asked = vectors[: len(corpus)], vectors[len(corpus) :]  # [C, D], [Q, D]
-        scores = [ndcg(pages @ vector, relevance[key])
-                  for vector, (key, _, _) in zip(asked, judged, strict=True)]
+        similarities = cosines(vectors[len(corpus) :], vectors[: len(corpus)])  # [Q, C]
+        scores = [ndcg(row, relevance[key])
+                  for row, (key, _, _) in zip(similarities, judged, strict=True)]
         chance = [ndcg_by_chance(relevance[key]) for key, _, _ in judged]
         yield folder.name, {"ndcg@5": float(np.mean(scores)), "queries": len(judged),
                             "chance": float(np.mean(chance)), "pages": len(corpus),
