@@ -148,12 +148,12 @@ def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
                          for text, path in sides]
                 if len(sides) < 3:
                     raise ValueError("fewer than two candidates")
+                for text, path in (side for side in sides if side not in places):
+                    places[text, path] = len(records)
+                    fields = {"text": text, "images": [path] if path else []}
+                    records.append(make_record(fields, images, where))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise MocaError(f"{where}: no row of MMEB ({error!r}): copy it again") from None
-            for text, path in (side for side in sides if side not in places):
-                places[text, path] = len(records)
-                fields = {"text": text, "images": [path] if path else []}
-                records.append(make_record(fields, images, where))
             questions.append([places[side] for side in sides])
         vectors = embed(records)
         found = [cosines(vectors[[query]], vectors[others])[0] for query, *others in questions]
@@ -170,15 +170,20 @@ def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
         queries = table(folder / "queries", "query-id", "query")
         columns = {key: place for place, (key, _, _) in enumerate(corpus)}
         relevance = {key: np.zeros(len(corpus)) for key, _, _ in queries}
+        if len(columns) < len(corpus):
+            raise MocaError(f"{folder / 'corpus'} has a corpus-id twice: copy it again")
         for query, page, score, where in table(folder / "qrels", "query-id", "corpus-id", "score"):
-            if query not in relevance or page not in columns:
-                raise MocaError(f"{where}: query {query} or page {page} is not among the task's: "
-                                "copy its three folders again")
+            known = query in relevance and page in columns and isinstance(score, (int, float))
+            if not known or not score >= 0:
+                raise MocaError(f"{where}: query {query} or page {page} is not among the task's, or "
+                                f"{score} is no relevance: copy its three folders again")
             relevance[query][columns[page]] = score
         judged = [row for row in queries if relevance[row[0]].any()]
+        if not judged:
+            raise MocaError(f"{folder / 'qrels'} names no right page for any query: copy it again")
         records = [make_record({"text": f"{MARK} {args.prompt}", "images": [image]}, folder, where)
                    for _, image, where in corpus]
-        records += [Record(str(text), [], where) for _, text, where in judged]
+        records += [make_record({"text": text}, folder, where) for _, text, where in judged]
         vectors = embed(records)
         similarities = cosines(vectors[len(corpus) :], vectors[: len(corpus)])  # [Q, C]
         scores = [ndcg(row, relevance[key])
@@ -216,22 +221,24 @@ def task_folders(data: str) -> list[Path]:
     return folders
 
 
-def rows(folder: Path, pattern: str = "*") -> Iterator[tuple[dict, str]]:
+def rows(folder: Path, pattern: str = "*") -> list[tuple[object, str]]:
     """The rows of the data files in a folder, each with its place."""
-    files = [file for file in sorted(folder.glob(pattern)) if file.suffix in FILE_KINDS]
-    if not files:
-        raise MocaError(f"{folder} holds no {pattern}.parquet or {pattern}.jsonl: copy it again")
-    for file in files:
-        yield from FILE_KINDS[file.suffix](file)
+    found = [row for file in sorted(folder.glob(pattern)) if file.suffix in FILE_KINDS
+             for row in FILE_KINDS[file.suffix](file)]
+    if not found:
+        raise MocaError(f"{folder} has no row in {pattern}.parquet or {pattern}.jsonl: copy it "
+                        "again")
+    return found
 
 
 def table(folder: Path, *columns: str) -> list[tuple]:
-    """The columns of all rows in a folder, and each row's place."""
+    """The columns of all rows in a folder, all but the last as text, and each row's place."""
     kept = []
     for fields, where in rows(folder):
         if not isinstance(fields, dict) or not fields.keys() >= {*columns}:
             raise MocaError(f"{where}: a row needs {', '.join(columns)}: copy the file again")
-        kept.append((*(fields[column] for column in columns), where))
+        *ids, value = (fields[column] for column in columns)
+        kept.append((*map(str, ids), value, where))
     return kept
 
 
@@ -296,6 +303,9 @@ def main(argv: list[str] | None = None) -> None:
     commands.choices["vidore"].add_argument("--prompt", help="put beside each page",
                                             default="Represent the given document image.")
     args = parser.parse_args(argv)
+    for limit in (args.min_pixels, args.max_pixels):
+        if limit is not None and limit < 1:
+            parser.error(f"{limit} pixels are too few for an image")
     embed(args) if args.command == "embed" else score(args)
 
 
