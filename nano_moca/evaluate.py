@@ -84,8 +84,8 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
 
 def content_hash(records: list[Record], identity: str) -> str:
     """A name for what a model makes of these records: another for another model or content."""
-    files = [[(image.stat().st_size, image.stat().st_mtime_ns) for image in record.images
-              if isinstance(image, Path)] for record in records]
+    files = [hashlib.sha256(image.read_bytes()).digest() for record in records
+             for image in record.images if isinstance(image, Path)]
     content = identity, files, [record_key(record) for record in records]
     return hashlib.sha256(repr(content).encode(errors="surrogatepass")).hexdigest()[:32]
 
