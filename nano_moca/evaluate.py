@@ -25,7 +25,6 @@ stopped, and another model never meets them.
 
 import argparse
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,12 +71,12 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
     vectors = np.empty((len(records), moca.model.config.width), np.float32)
     for part in tqdm(parts, unit_scale=AT_ONCE, unit="item", disable=None):
         items = [records[i] for i in part]
-        file = kept / f"{content_hash(items, identity)}.npy" if kept else Path(os.devnull)
-        if file.is_file():
+        file = kept / f"{content_hash(items, identity)}.npy" if kept else None
+        if file and file.is_file():
             vectors[part] = np.load(file)
             continue
         vectors[part] = moca.embed(items).numpy()
-        if kept:
+        if file:
             save_vectors(file, vectors[part])
     return vectors
 
@@ -173,22 +172,21 @@ def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
         if len(columns) < len(corpus):
             raise MocaError(f"{folder / 'corpus'} has a corpus-id twice: copy it again")
         for query, page, score, where in table(folder / "qrels", "query-id", "corpus-id", "score"):
-            known = query in relevance and page in columns and isinstance(score, (int, float))
-            if not known or not score >= 0:
-                raise MocaError(f"{where}: query {query} or page {page} is not among the task's, or "
-                                f"{score} is no relevance: copy its three folders again")
+            known = query in relevance and page in columns
+            if not (known and isinstance(score, (int, float)) and score >= 0):
+                raise MocaError(f"{where}: query {query} or page {page} is not among the task's, "
+                                f"or {score} is no relevance: copy its three folders again")
             relevance[query][columns[page]] = score
-        judged = [row for row in queries if relevance[row[0]].any()]
+        judged = [(relevance[key], make_record({"text": text}, folder, where))
+                  for key, text, where in queries if relevance[key].any()]
         if not judged:
             raise MocaError(f"{folder / 'qrels'} names no right page for any query: copy it again")
-        records = [make_record({"text": f"{MARK} {args.prompt}", "images": [image]}, folder, where)
-                   for _, image, where in corpus]
-        records += [make_record({"text": text}, folder, where) for _, text, where in judged]
-        vectors = embed(records)
+        pages = [make_record({"text": f"{MARK} {args.prompt}", "images": [image]}, folder, where)
+                 for _, image, where in corpus]
+        vectors = embed(pages + [query for _, query in judged])
         similarities = cosines(vectors[len(corpus) :], vectors[: len(corpus)])  # [Q, C]
-        scores = [ndcg(row, relevance[key])
-                  for row, (key, _, _) in zip(similarities, judged, strict=True)]
-        chance = [ndcg_by_chance(relevance[key]) for key, _, _ in judged]
+        scores = [ndcg(row, gains) for row, (gains, _) in zip(similarities, judged, strict=True)]
+        chance = [ndcg_by_chance(gains) for gains, _ in judged]
         yield folder.name, {"ndcg@5": float(np.mean(scores)), "queries": len(judged),
                             "chance": float(np.mean(chance)), "pages": len(corpus),
                             "queries without a right page": len(queries) - len(judged)}
@@ -259,17 +257,16 @@ def averages(metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float
     return means
 
 
-SCORERS = {"builtin": (builtin, "recall@1"), "mmeb": (mmeb, "precision@1"),
-           "vidore": (vidore, "ndcg@5")}
+SCORERS = {"builtin": builtin, "mmeb": mmeb, "vidore": vidore}
 
 
 def score(args: argparse.Namespace) -> None:
     """The commands that score. What is done stands in the file after each task."""
-    scorer, metric = SCORERS[args.command]
     tasks: dict[str, dict[str, float]] = {}
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    for name, scores in scorer(make_embedder(args), args):
+    for name, scores in SCORERS[args.command](make_embedder(args), args):
         tasks[name] = scores
+        metric = next(iter(scores))  # the one that the benchmark reports
         print(f"{name:32s}", *(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
         means = averages(metric, tasks)
         write_json(Path(args.output), {"tasks": tasks, f"average {metric}": means})
