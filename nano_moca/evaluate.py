@@ -193,9 +193,8 @@ def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
 
 
 def ndcg(similarities: np.ndarray, relevance: np.ndarray) -> float:
-    """nDCG@5 of one query over [C] pages; among equals, and where NaN, the worst comes first."""
-    similarities = np.where(np.isnan(similarities), -np.inf, similarities)
-    order = np.lexsort((relevance, -similarities))
+    """nDCG@5 of one query over [C] pages; among equals, and among NaN, the worst comes first."""
+    order = np.lexsort((relevance, -similarities))  # NaN last
     return discounted(relevance[order]) / discounted(np.sort(relevance)[::-1])
 
 

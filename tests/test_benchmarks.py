@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -623,9 +624,12 @@ def test_the_splits_and_the_new_symbols_are_other_scenes(tmp_path: Path, small: 
     by_split = {}
     for split in ("test", "development"):
         seen = stub(by_content())
-        score("builtin", tmp_path / "scores.json", "--split", split)
+        score("builtin", tmp_path / f"{split}.json", "--split", split)
         by_split[split] = {record.text for record in seen if record.text.count(",") == 3}
-    assert len(by_split["test"]) > 48 and not by_split["test"] & by_split["development"]
+    assert min(map(len, by_split.values())) > 48
+    assert not by_split["test"] & by_split["development"]
+    old = set(NAMES) - set(NEW)  # the base's own; scenes without them are those of new symbols
+    assert sum(not old & set(re.findall(r"\w+", text)) for text in by_split["test"]) >= 24
 
 
 def test_builtin_gives_all_to_a_model_that_knows(tmp_path: Path, small: None, stub: Callable):
