@@ -16,6 +16,7 @@ near twins. `mmeb` and `vidore` read the benchmarks' own files, parquet or JSON 
                                   the first candidate is right; images lie under --images
     vidore  DATA/<task>/corpus/*  corpus-id, image     DATA/<task>/queries/*  query-id, query
             DATA/<task>/qrels/*   query-id, corpus-id, score
+                                  an image: the hub's structure, or a path from DATA/<task>
 
 A tie counts as wrong, and so does NaN: a model that maps everything to one point scores 0. (The
 released code counts both as right.) Chance stands beside each score. Vectors are kept in
@@ -25,7 +26,6 @@ stopped, and another model never meets them.
 
 import argparse
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from nano_moca import MARK, Moca, MocaError, Record, load
 from nano_moca.builtin import NEW, BuiltinTask, builtin_tasks
 from nano_moca.config import write_json
 from nano_moca.data import FILE_KINDS, make_record, open_rows, record_key
-from nano_moca.report import rank_pairs
+from nano_moca.report import cosines, rank_pairs
 from nano_moca.trainer import Parser, run
 from nano_moca.weights import find_checkpoint
 
@@ -72,20 +72,20 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
     vectors = np.empty((len(records), moca.model.config.width), np.float32)
     for part in tqdm(parts, unit_scale=AT_ONCE, unit="item", disable=None):
         items = [records[i] for i in part]
-        file = kept / f"{content_hash(items, identity)}.npy" if kept else Path(os.devnull)
-        if file.is_file():
+        file = kept / f"{content_hash(items, identity)}.npy" if kept else None
+        if file and file.is_file():
             vectors[part] = np.load(file)
             continue
         vectors[part] = moca.embed(items).numpy()
-        if kept:
+        if file:
             save_vectors(file, vectors[part])
     return vectors
 
 
 def content_hash(records: list[Record], identity: str) -> str:
     """A name for what a model makes of these records: another for another model or content."""
-    files = [[(image.stat().st_size, image.stat().st_mtime_ns) for image in record.images
-              if isinstance(image, Path)] for record in records]
+    files = [hashlib.sha256(image.read_bytes()).digest() for record in records
+             for image in record.images if isinstance(image, Path)]
     content = identity, files, [record_key(record) for record in records]
     return hashlib.sha256(repr(content).encode(errors="surrogatepass")).hexdigest()[:32]
 
@@ -105,7 +105,8 @@ def make_embedder(args: argparse.Namespace) -> Embed:
     moca = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None,
                 args.attention, args.pooling, args.min_pixels, args.max_pixels)
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                   for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
+                   for place in (folder, Path(__file__).parent) for file in place.iterdir()
+                   if file.suffix in (".json", ".safetensors", ".py"))  # this code is part of it
     dtype, pixels = moca.model.head.dtype, (moca.processor.min_pixels, moca.processor.max_pixels)
     identity = repr((str(folder.resolve()), files, args.attention, args.pooling, dtype, pixels))
     kept = Path(args.output + ".vectors") if args.command != "embed" else None
@@ -147,23 +148,19 @@ def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
                          for text, path in sides]
                 if len(sides) < 3:
                     raise ValueError("fewer than two candidates")
+                for text, path in (side for side in sides if side not in places):
+                    places[text, path] = len(records)
+                    fields = {"text": text, "images": [path] if path else []}
+                    records.append(make_record(fields, images, where))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise MocaError(f"{where}: no row of MMEB ({error!r}): copy it again") from None
-            for text, path in (side for side in sides if side not in places):
-                places[text, path] = len(records)
-                fields = {"text": text, "images": [path] if path else []}
-                records.append(make_record(fields, images, where))
             questions.append([places[side] for side in sides])
         vectors = embed(records)
-        right = [first_is_best(vectors[found] @ vectors[query]) for query, *found in questions]
-        chance = [1 / (len(question) - 1) for question in questions]
-        yield folder.name, {"precision@1": float(np.mean(right)), "queries": len(right),
+        found = [cosines(vectors[[query]], vectors[others])[0] for query, *others in questions]
+        right = [(row[0] > row[1:]).all() for row in found]  # a tie or NaN is not larger
+        chance = [1 / len(row) for row in found]
+        yield folder.name, {"precision@1": float(np.mean(right)), "queries": len(found),
                             "chance": float(np.mean(chance))}
-
-
-def first_is_best(similarities: np.ndarray) -> bool:
-    """Whether the first of [C] is larger than every other; a tie or NaN is not."""
-    return bool((similarities[0] > similarities[1:]).all() and similarities[0] == similarities[0])
 
 
 def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
@@ -173,29 +170,32 @@ def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
         queries = table(folder / "queries", "query-id", "query")
         columns = {key: place for place, (key, _, _) in enumerate(corpus)}
         relevance = {key: np.zeros(len(corpus)) for key, _, _ in queries}
+        if len(columns) < len(corpus):
+            raise MocaError(f"{folder / 'corpus'} has a corpus-id twice: copy it again")
         for query, page, score, where in table(folder / "qrels", "query-id", "corpus-id", "score"):
-            if query not in relevance or page not in columns:
-                raise MocaError(f"{where}: query {query} or page {page} is not among the task's: "
-                                "copy its three folders again")
+            known = query in relevance and page in columns
+            if not (known and isinstance(score, (int, float)) and score >= 0):
+                raise MocaError(f"{where}: query {query} or page {page} is not among the task's, "
+                                f"or {score} is no relevance: copy its three folders again")
             relevance[query][columns[page]] = score
-        judged = [row for row in queries if relevance[row[0]].any()]
-        records = [make_record({"text": f"{MARK} {args.prompt}", "images": [image]}, folder, where)
-                   for _, image, where in corpus]
-        records += [Record(str(text), [], where) for _, text, where in judged]
-        vectors = embed(records)
-        pages, asked = vectors[: len(corpus)], vectors[len(corpus) :]  # [C, D], [Q, D]
-        scores = [ndcg(pages @ vector, relevance[key])
-                  for vector, (key, _, _) in zip(asked, judged, strict=True)]
-        chance = [ndcg_by_chance(relevance[key]) for key, _, _ in judged]
+        judged = [(relevance[key], make_record({"text": text}, folder, where))
+                  for key, text, where in queries if relevance[key].any()]
+        if not judged:
+            raise MocaError(f"{folder / 'qrels'} names no right page for any query: copy it again")
+        pages = [make_record({"text": f"{MARK} {args.prompt}", "images": [image]}, folder, where)
+                 for _, image, where in corpus]
+        vectors = embed(pages + [query for _, query in judged])
+        similarities = cosines(vectors[len(corpus) :], vectors[: len(corpus)])  # [Q, C]
+        scores = [ndcg(row, gains) for row, (gains, _) in zip(similarities, judged, strict=True)]
+        chance = [ndcg_by_chance(gains) for gains, _ in judged]
         yield folder.name, {"ndcg@5": float(np.mean(scores)), "queries": len(judged),
                             "chance": float(np.mean(chance)), "pages": len(corpus),
                             "queries without a right page": len(queries) - len(judged)}
 
 
 def ndcg(similarities: np.ndarray, relevance: np.ndarray) -> float:
-    """nDCG@5 of one query over [C] pages; among equals, and where NaN, the worst comes first."""
-    similarities = np.where(np.isnan(similarities), -np.inf, similarities)
-    order = np.lexsort((relevance, -similarities))
+    """nDCG@5 of one query over [C] pages; among equals, and among NaN, the worst comes first."""
+    order = np.lexsort((relevance, -similarities))  # NaN last
     return discounted(relevance[order]) / discounted(np.sort(relevance)[::-1])
 
 
@@ -220,12 +220,13 @@ def task_folders(data: str) -> list[Path]:
 
 
 def table(folder: Path, *columns: str) -> list[tuple]:
-    """The columns of all rows in a folder, and each row's place."""
+    """The columns of all rows in a folder, all but the last as text, and each row's place."""
     kept = []
     for fields, _, where in open_rows(folder):
         if not isinstance(fields, dict) or not fields.keys() >= {*columns}:
             raise MocaError(f"{where}: a row needs {', '.join(columns)}: copy the file again")
-        kept.append((*(fields[column] for column in columns), where))
+        *ids, value = (fields[column] for column in columns)
+        kept.append((*map(str, ids), value, where))
     return kept
 
 
@@ -246,20 +247,20 @@ def averages(metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float
     return means
 
 
-SCORERS = {"builtin": (builtin, "recall@1"), "mmeb": (mmeb, "precision@1"),
-           "vidore": (vidore, "ndcg@5")}
+SCORERS = {"builtin": builtin, "mmeb": mmeb, "vidore": vidore}
 
 
 def score(args: argparse.Namespace) -> None:
     """The commands that score. What is done stands in the file after each task."""
-    scorer, metric = SCORERS[args.command]
     tasks: dict[str, dict[str, float]] = {}
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    for name, scores in scorer(make_embedder(args), args):
+    for name, scores in SCORERS[args.command](make_embedder(args), args):
         tasks[name] = scores
+        metric = next(iter(scores))  # the one that the benchmark reports
         print(f"{name:32s}", *(f"{key} {value:.4g}" for key, value in scores.items()), flush=True)
         means = averages(metric, tasks)
-        write_json(Path(args.output), {"tasks": tasks, f"average {metric}": means})
+        write_json(Path(args.output), {
+            "model": args.model, "tasks": tasks, f"average {metric}": means})
     print("; ".join(f"{name}: {mean:.3f}" for name, mean in means.items()), f"({metric})")
 
 
@@ -290,6 +291,9 @@ def main(argv: list[str] | None = None) -> None:
     commands.choices["vidore"].add_argument("--prompt", help="put beside each page",
                                             default="Represent the given document image.")
     args = parser.parse_args(argv)
+    for limit in (args.min_pixels, args.max_pixels):
+        if limit is not None and limit < 1:
+            parser.error(f"{limit} pixels are too few for an image")
     embed(args) if args.command == "embed" else score(args)
 
 

@@ -185,7 +185,14 @@ def rank_pairs(pairs: Sequence[Pair], embed: Callable[[list[Record]], np.ndarray
     right = np.array([places[record_key(pair.positive)] for pair in pairs])
     queries = [pair.query for pair in pairs]
     vectors = embed(queries + candidates)  # [Q + C, D]
-    return Ranking(queries, candidates, right, vectors[: len(queries)] @ vectors[len(queries):].T)
+    similarities = cosines(vectors[: len(queries)], vectors[len(queries):])
+    return Ranking(queries, candidates, right, similarities)
+
+
+def cosines(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """[Q, C] of unit vectors [Q, D] and [C, D]. Not by @: BLAS sums the last rows of a matrix in
+    another order than the others, and equal vectors would no longer tie."""
+    return np.einsum("qd,cd->qc", queries, candidates)
 
 
 def plot_retrieval(path: Path, rankings: dict[str, Ranking], shown: int = 1) -> None:
