@@ -20,9 +20,9 @@ from torch.utils.data import ConcatDataset
 from nano_moca import Moca
 from nano_moca.config import BASE, MocaError, write_json
 from nano_moca.data import KINDS, Pair, PairBatches, load_tasks
+from nano_moca.evaluate import plot_retrieval, plot_similarity, rank_pairs
 from nano_moca.losses import backward_through_cache, info_nce
 from nano_moca.processor import Encoded
-from nano_moca.report import plot_retrieval, plot_similarity, rank_pairs
 from nano_moca.trainer import (
     CommonFlags, World, begin, end, flag, load_model, parse_flags, plot_losses, prefetch, run,
     save_step, skip_list, start, update,

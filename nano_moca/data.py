@@ -43,64 +43,52 @@ BUILTIN = "builtin"
 KINDS = ("long-document", "image-text", "text-only")
 
 
+@dataclass
 class JsonLines(Sequence):
-    """The objects of a JSON lines file, each as (object, the file's folder, where it stands); read
-    one at a time, by byte offset."""
+    """The objects of a JSON lines file, each as (object, the file's folder, where it stands); each
+    is parsed when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                self.offsets = np.cumsum([0, *map(len, file)])
-        except OSError as error:
-            raise MocaError(f"{path} cannot be read ({error.strerror}): correct the path") from None
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.lines = self.path.read_bytes().splitlines()
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lines)
 
     def __getitem__(self, index: int) -> tuple[object, Path, str]:
         where = f"{self.path}:{index + 1}"
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
-            line = file.read(self.offsets[index + 1] - self.offsets[index])
         try:
-            return json.loads(line), self.path.parent, where
+            return json.loads(self.lines[index]), self.path.parent, where
         except (ValueError, RecursionError) as error:
             raise MocaError(f"{where}: not JSON ({error}): correct or remove the line") from None
 
 
-class Parquet(Sequence):
-    """The rows of a parquet file, likewise. The file is held in memory: reading single rows in any
-    order would unpack a whole group of rows for each. For more data than memory, use JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            import pyarrow.parquet as parquet
-
-            self.rows = parquet.read_table(path)
-        except ImportError:
-            raise MocaError(f"{path}: reading it needs pyarrow: pip install pyarrow") from None
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise MocaError(f"{path} cannot be read as parquet ({reason}): copy it again") from None
-
-    def __len__(self) -> int:
-        return self.rows.num_rows
-
-    def __getitem__(self, index: int) -> tuple[object, Path, str]:
-        where = f"{self.path} row {index + 1}"
-        return self.rows.slice(index, 1).to_pylist()[0], self.path.parent, where
+def parquet_rows(path: Path) -> list[tuple[object, Path, str]]:
+    """The rows of a parquet file, likewise, all in memory: to read one of them a whole group would
+    have to be unpacked, and they are read in any order."""
+    try:
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise MocaError(f"{path}: reading it needs pyarrow: pip install pyarrow") from None
+    rows = read_table(path).to_pylist()
+    return [(fields, path.parent, f"{path} row {row}") for row, fields in enumerate(rows, 1)]
 
 
-FILE_KINDS = {".jsonl": JsonLines, ".parquet": Parquet}
+FILE_KINDS = {".jsonl": JsonLines, ".parquet": parquet_rows}
 
 
 def open_rows(path: str | Path, pattern: str = "**/*") -> Sequence[tuple[object, Path, str]]:
     """The rows of a .jsonl or .parquet file, or of all those in a folder whose names fit."""
     path = Path(path)
     files = sorted(path.glob(pattern)) if path.is_dir() else [path]
-    opened = [FILE_KINDS[file.suffix](file) for file in files if file.suffix in FILE_KINDS]
+    opened = []
+    for file in (file for file in files if file.suffix in FILE_KINDS):
+        try:
+            opened.append(FILE_KINDS[file.suffix](file))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise MocaError(f"{file} cannot be read ({reason}): correct or replace it") from None
     if not sum(map(len, opened)):
         raise MocaError(f"{path} holds no records: give .jsonl or .parquet files, or their folder")
     return ConcatDataset(opened)

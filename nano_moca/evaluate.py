@@ -26,8 +26,12 @@ stopped, and another model never meets them.
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +40,8 @@ from tqdm import tqdm
 from nano_moca import MARK, Moca, MocaError, Record, load
 from nano_moca.builtin import NEW, BuiltinTask, builtin_tasks
 from nano_moca.config import write_json
-from nano_moca.data import FILE_KINDS, make_record, open_rows, record_key
-from nano_moca.report import cosines, rank_pairs
+from nano_moca.data import FILE_KINDS, Pair, make_record, open_rows, record_key
+from nano_moca.processor import open_image
 from nano_moca.trainer import Parser, run
 from nano_moca.weights import find_checkpoint
 
@@ -55,6 +59,97 @@ MMEB = {
 }
 Embed = Callable[[list[Record]], np.ndarray]  # records -> unit vectors [N, D] float32
 Scores = Iterator[tuple[str, dict[str, float]]]  # each task's, as it is done
+
+
+@dataclass
+class Ranking:
+    """Queries and everything they could find."""
+
+    queries: list[Record]
+    candidates: list[Record]  # each once, although several pairs may have it
+    right: np.ndarray  # [Q] int64: the candidate that each query should find
+    similarities: np.ndarray  # [Q, C] cosines
+
+    def ranks(self) -> np.ndarray:
+        """The rank of each query's right answer, from 1. A tie counts against, and so does NaN:
+        else a model that maps all to one point would be perfect."""
+        own = np.take_along_axis(self.similarities, self.right[:, None], 1)  # [Q, 1]
+        return (~(self.similarities < own)).sum(1)  # itself among them
+
+    def scores(self) -> dict[str, float]:
+        """Recall@1 and @10, nDCG@5 with the one right answer, and what guessing would score."""
+        ranks, count = self.ranks(), len(self.candidates)
+        gains = np.where(ranks <= 5, 1 / np.log2(1 + ranks), 0.0)
+        return {"recall@1": float((ranks <= 1).mean()), "recall@10": float((ranks <= 10).mean()),
+                "ndcg@5": float(gains.mean()), "queries": len(ranks), "candidates": count,
+                "chance recall@1": 1 / count, "chance recall@10": min(1.0, 10 / count)}
+
+
+def rank_pairs(pairs: Sequence[Pair], embed: Embed) -> Ranking:
+    """Rank the positives and hard negatives of all pairs for each query."""
+    pairs, places, candidates = list(pairs), {}, []
+    for record in (r for pair in pairs for r in (pair.positive, *pair.negatives)):
+        if places.setdefault(record_key(record), len(candidates)) == len(candidates):
+            candidates.append(record)
+    right = np.array([places[record_key(pair.positive)] for pair in pairs])
+    queries = [pair.query for pair in pairs]
+    vectors = embed(queries + candidates)  # [Q + C, D]
+    similarities = cosines(vectors[: len(queries)], vectors[len(queries):])
+    return Ranking(queries, candidates, right, similarities)
+
+
+def cosines(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """[Q, C] of unit vectors [Q, D] and [C, D]. Not by @: BLAS sums the last rows of a matrix in
+    another order than the others, and equal vectors would no longer tie."""
+    return np.einsum("qd,cd->qc", queries, candidates)
+
+
+def plot_retrieval(path: Path, rankings: dict[str, Ranking]) -> None:
+    """A row a task: a query, and its five best answers from left to right; the right one is framed,
+    if it is among them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((12.5, 2.2 * len(rankings)), layout="tight")
+    axes = figure.subplots(len(rankings), 6, squeeze=False)
+    for row, (name, ranking) in zip(axes, rankings.items(), strict=True):
+        query = len(ranking.queries) // 2
+        best = np.argsort(-ranking.similarities[query], kind="stable")[:5].tolist()
+        show_record(row[0], ranking.queries[query], f"{name}: query")
+        for axis, answer in zip(row[1:], best, strict=False):
+            cosine = ranking.similarities[query, answer]
+            show_record(axis, ranking.candidates[answer], f"cosine {cosine:.2f}")
+            if answer == ranking.right[query]:
+                for spine in axis.spines.values():
+                    spine.set(edgecolor="#1a9c3e", linewidth=4)
+        for axis in row[1 + len(best) :]:
+            axis.axis("off")
+    figure.savefig(path, dpi=100)
+
+
+def show_record(axis: Any, record: Record, title: str) -> None:
+    """A record's first image, its words in a box, or both."""
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    if record.images:
+        axis.imshow(open_image(record.images[0], record.source, decode=True))
+    words = "\n".join(textwrap.wrap(re.sub(r"<\|\w+\|>", "", record.text), 26)[:7])
+    axis.text(0.5, 0.5, words, ha="center", va="center", fontsize=7, parse_math=False,
+              transform=axis.transAxes)
+
+
+def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
+    """A panel a task: cosines of the first queries (rows) and their right answers (columns)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((2.6 * len(rankings) + 0.6, 3), layout="constrained")
+    axes = figure.subplots(1, len(rankings), squeeze=False)
+    for axis, (name, ranking) in zip(axes[0], rankings.items(), strict=True):
+        drawn = axis.imshow(ranking.similarities[:size][:, ranking.right[:size]], vmin=-0.2, vmax=1)
+        axis.set(title=name, xlabel="answers", xticks=[], yticks=[])
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("queries")
+    figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
+    figure.savefig(path, dpi=120)
 
 
 def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,

@@ -47,16 +47,17 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def masked_reconstruction_loss(
-    hidden: Tensor,  # [R, D] the model's output at the hidden tokens
-    head: Tensor,  # [V, D] the output embedding
-    labels: Tensor,  # [R] int64, the words that were hidden
-    predicted: Tensor,  # [G, W] the MAE decoder's output at the hidden groups (W = 4704)
-    target: Tensor,  # [G, W] their pixels; gets no gradient
-    backend: str = "auto",  # "torch", "triton", or "auto": Triton on a GPU, where it is installed
-    mlm_count: float | None = None,
-    mae_count: float | None = None,
+    hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor, target: Tensor,
+    backend: str = "auto", mlm_count: float | None = None, mae_count: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both losses of stage 1 as scalars: cross entropy a token, squared error a pixel value.
+
+    hidden     [R, D]  the model's output at the hidden tokens
+    head       [V, D]  the output embedding
+    labels     [R] int64, the words that were hidden
+    predicted  [G, W]  the MAE decoder's output at the hidden groups (W = 4704)
+    target     [G, W]  their pixels; gets no gradient
+    backend    "torch", "triton", or "auto": Triton on a GPU, where it is installed
 
     The counts replace R and G as what the sums are divided by: the hidden tokens and groups of the
     whole batch, where this call sees one rank's share or one accumulation step of it. R or G may be
@@ -194,16 +195,16 @@ def gather(mine: Tensor, rows: Tensor, total: int) -> Tensor:
     return _Gather.apply(mine, rows, total)
 
 
-def info_nce(
-    queries: Tensor,  # [n, D] this rank's, unit length
-    positives: Tensor,  # [n, D] theirs
-    negatives: Tensor,  # [M, D] all hard negatives of these queries
-    mine: Tensor,  # [n] int64, which of the B pairs of the batch these are
-    forbidden: Tensor,  # [n, B + M] bool, candidates that a query is not compared with
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, mine: Tensor,
+             forbidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """This rank's share of the contrastive loss (MoCa, section 3.2), and how many queries were
     right.
+
+    queries    [n, D]  this rank's, unit length
+    positives  [n, D]  theirs
+    negatives  [M, D]  all hard negatives of these queries
+    mine       [n] int64, which of the batch's B pairs these are
+    forbidden  [n, B + M] bool, candidates that a query is not compared with
 
     A query's candidates are the positives of the whole batch, gathered from all ranks, and its own
     hard negatives; the loss is the cross entropy of telling its positive among them by cosine /

@@ -6,10 +6,8 @@ patches come back with the words in clear, and with no words. All on records dra
 step's, which are unseen within the first epoch.
 """
 
-import re
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_moca.data import Pair, record_key
 from nano_moca.masking import Corruption, corrupt
 from nano_moca.model import Restorer
-from nano_moca.processor import Batch, Encoded, Processor, Record, open_image
+from nano_moca.processor import Batch, Encoded, Processor
 from nano_moca.trainer import World
 
 Items = list[tuple[int, Encoded]]  # (number in the run, record)
@@ -145,104 +142,3 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
         axis.set_ylabel(name)
     if world.main:
         figure.savefig(path, dpi=110)
-
-
-# --- stage 2 -------------------------------------------------------------------------------------
-
-@dataclass
-class Ranking:
-    """Queries and everything they could find."""
-
-    queries: list[Record]
-    candidates: list[Record]  # each once, although several pairs may have it
-    right: np.ndarray  # [Q] int64: the candidate that each query should find
-    similarities: np.ndarray  # [Q, C] cosines
-
-    def ranks(self) -> np.ndarray:
-        """The rank of each query's right answer, from 1. A tie counts against, and so does NaN:
-        else a model that maps all to one point would be perfect."""
-        own = np.take_along_axis(self.similarities, self.right[:, None], 1)  # [Q, 1]
-        return (~(self.similarities < own)).sum(1)  # itself among them
-
-    def scores(self) -> dict[str, float]:
-        """Recall@1 and @10, nDCG@5 with the one right answer, and what guessing would score."""
-        ranks, count = self.ranks(), len(self.candidates)
-        gains = np.where(ranks <= 5, 1 / np.log2(1 + ranks), 0.0)
-        return {"recall@1": float((ranks <= 1).mean()), "recall@10": float((ranks <= 10).mean()),
-                "ndcg@5": float(gains.mean()), "queries": len(ranks), "candidates": count,
-                "chance recall@1": 1 / count, "chance recall@10": min(1.0, 10 / count)}
-
-
-def rank_pairs(pairs: Sequence[Pair], embed: Callable[[list[Record]], np.ndarray]) -> Ranking:
-    """Rank the positives and hard negatives of all pairs for each query.
-
-    embed: records -> unit vectors [N, D].
-    """
-    pairs, places, candidates = list(pairs), {}, []
-    for record in (r for pair in pairs for r in (pair.positive, *pair.negatives)):
-        if places.setdefault(record_key(record), len(candidates)) == len(candidates):
-            candidates.append(record)
-    right = np.array([places[record_key(pair.positive)] for pair in pairs])
-    queries = [pair.query for pair in pairs]
-    vectors = embed(queries + candidates)  # [Q + C, D]
-    similarities = cosines(vectors[: len(queries)], vectors[len(queries):])
-    return Ranking(queries, candidates, right, similarities)
-
-
-def cosines(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """[Q, C] of unit vectors [Q, D] and [C, D]. Not by @: BLAS sums the last rows of a matrix in
-    another order than the others, and equal vectors would no longer tie."""
-    return np.einsum("qd,cd->qc", queries, candidates)
-
-
-def plot_retrieval(path: Path, rankings: dict[str, Ranking], shown: int = 1) -> None:
-    """A row a query, `shown` of each task: the query, and its five best answers from left to right;
-    the right one is framed, if it is among them."""
-    from matplotlib.figure import Figure
-
-    picked = [(name, ranking, query) for name, ranking in rankings.items()
-              for query in np.linspace(0, len(ranking.queries) - 1, shown + 2, dtype=int)[1:-1]]
-    figure = Figure((12.5, 2.2 * len(picked)), layout="tight")
-    axes = figure.subplots(len(picked), 6, squeeze=False)
-    for row, (name, ranking, query) in zip(axes, picked, strict=True):
-        best = np.argsort(-ranking.similarities[query], kind="stable")[:5]
-        show_record(row[0], ranking.queries[query])
-        row[0].set_title(f"{name}: query", fontsize=8)
-        for axis in row[1:]:
-            axis.axis("off")
-        for place, (axis, answer) in enumerate(zip(row[1:], best, strict=False), 1):
-            axis.axis("on")
-            show_record(axis, ranking.candidates[answer])
-            axis.set_title(f"{place}: {ranking.similarities[query, answer]:.2f}", fontsize=8)
-            if answer == ranking.right[query]:
-                for spine in axis.spines.values():
-                    spine.set(edgecolor="#1a9c3e", linewidth=4)
-    figure.savefig(path, dpi=100)
-
-
-def show_record(axis: Any, record: Record) -> None:
-    """A record's first image, or its words in a box."""
-    axis.set(xticks=[], yticks=[])
-    if record.images:
-        axis.imshow(open_image(record.images[0], record.source, decode=True))
-    words = re.sub(r"<\|\w+\|>", "", record.text).strip()
-    if words:
-        text = "\n".join(textwrap.wrap(words, 26)[:7])
-        axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, parse_math=False,
-                  transform=axis.transAxes)
-
-
-def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
-    """A panel a task: cosines of the first queries (rows) and their right answers (columns)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((2.6 * len(rankings) + 0.6, 3), layout="constrained")
-    axes = figure.subplots(1, len(rankings), squeeze=False)
-    for axis, (name, ranking) in zip(axes[0], rankings.items(), strict=True):
-        cosines = ranking.similarities[:size][:, ranking.right[:size]]
-        drawn = axis.imshow(cosines, vmin=-0.2, vmax=1, cmap="viridis")
-        axis.set(title=name, xlabel="answers", xticks=[], yticks=[])
-        axis.title.set_fontsize(9)
-    axes[0, 0].set_ylabel("queries")
-    figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
-    figure.savefig(path, dpi=120)
