@@ -3,30 +3,35 @@
     pip install transformers
     python -m nano_moca.benchmark [--model DIR|HUB_ID]
 
-One checkpoint, one process, the same batches, causal in both (as transformers computes it), the two
-taking turns. Three mixes of the embedded default's records: as they come; sorted by length before
-they are cut into batches, the best that padding can do for itself; and all of one length, with
-nothing to pad. Only real tokens count. Before anything is timed the two have to compute the same
-hidden states.
+One model (if none is named, the nano base made wider, with random weights, about in the proportions
+of Qwen2.5-VL-3B), one process, the same batches, causal in both (as transformers computes it), the
+two taking turns. Three mixes of the embedded default's records: as they come; sorted by length
+before they are cut into batches, the best that padding can do for itself; and all of one length, so
+that nothing is padded. Only real tokens count. Before anything is timed the two have to compute the
+same hidden states. The last line says where our time goes.
 
 Left out: reading images, which both need, and making positions, which both are given.
 """
 
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nano_moca import load
-from nano_moca.builtin import Builtin
-from nano_moca.config import BASE, MocaError
+from nano_moca.builtin import Builtin, initialise
+from nano_moca.config import BASE, MocaError, load_config, parse_config
+from nano_moca.model import VLM
 from nano_moca.processor import Batch, Processor
 from nano_moca.trainer import flag, parse_flags, run
-from nano_moca.weights import find_checkpoint
+from nano_moca.weights import find_checkpoint, save_weights
 
 BATCHES, REPEATS = 2, 3  # batches of each mix; measurements of each, whose median counts
 
@@ -35,10 +40,24 @@ BATCHES, REPEATS = 2, 3  # batches of each mix; measurements of each, whose medi
 class Flags:
     """What to run, and where. The number of threads: OMP_NUM_THREADS in the environment."""
 
-    model: str = flag(str(BASE), "checkpoint: a folder or a hub id")
+    model: str = flag(None, "checkpoint: a folder or a hub id (default: one made for it)")
+    width: int = flag(512, "of the decoder that is made, a multiple of 128", low=128)
     records: int = flag(64, "in a batch: about two steps of train_cpt.py", low=1)
     device: str = flag("cpu", "where to run", choices=("cpu", "cuda"))
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16"))
+
+
+def make_wide(folder: Path, width: int) -> None:
+    """A checkpoint of the nano base's depth with random weights and this width."""
+    base = load_config(BASE)
+    vision = dict(hidden_size=width // 2, intermediate_size=width * 4 // 3, num_heads=width // 64,
+                  out_hidden_size=width)  # heads are 32 wide, as the nano base's
+    model = VLM(parse_config(base.raw | dict(
+        hidden_size=width, intermediate_size=width * 43 // 8, num_attention_heads=width // 32,
+        num_key_value_heads=width // 128, vision_config=base.raw["vision_config"] | vision)))
+    initialise(model, seed=0)
+    save_weights(folder, model.state_dict(), model.config)
+    Processor.load(BASE, base).save(folder)
 
 
 def make_mixes(processor: Processor, flags: Flags) -> dict[str, list[Batch]]:
@@ -77,11 +96,17 @@ def seconds(engine: Callable, batch: Batch, backward: bool) -> float:
 
 def benchmark(flags: Flags) -> float:
     """Compare, time and print. Returns the largest difference between the two's hidden states."""
-    from transformers import AutoModelForImageTextToText
-
-    moca = load(flags.model, flags.device, getattr(torch, flags.dtype))
-    theirs = AutoModelForImageTextToText.from_pretrained(
-        find_checkpoint(flags.model), dtype=flags.dtype, attn_implementation="sdpa")
+    try:
+        from transformers import AutoModelForImageTextToText
+    except ImportError:
+        raise MocaError("there is nothing to compare with: pip install transformers") from None
+    with tempfile.TemporaryDirectory() as made:
+        if not flags.model:
+            make_wide(Path(made), flags.width)
+        folder = find_checkpoint(flags.model or made)
+        moca = load(folder, flags.device, getattr(torch, flags.dtype))
+        theirs = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=flags.dtype, attn_implementation="sdpa")
     theirs = theirs.model.to(flags.device)  # without the output head, as ours
     engines = partial(run_padded, theirs), partial(moca.model, causal=True)
     mixes = make_mixes(moca.processor, flags)
@@ -102,6 +127,11 @@ def benchmark(flags: Flags) -> float:
                 spent += rounds[1:].median(0).values  # the first is the warm-up
             theirs, ours = (tokens / spent).tolist()
             print(f"{mix:8s}{name:18s}{theirs:14,.0f}{ours:14,.0f}{ours / theirs:7.2f}", flush=True)
+    with torch.profiler.profile() as profiler:
+        seconds(engines[1], mixes["mixed"][0], backward=True)
+    spent = Counter({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
+    print("our time:", ", ".join(f"{name.removeprefix('aten::')} {part / spent.total():.0%}"
+                                 for name, part in spent.most_common(5)))
     return apart
 
 

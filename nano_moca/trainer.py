@@ -315,7 +315,8 @@ def save_step(step: int, flags: CommonFlags, world: World, model: nn.Module,
               optimizer: torch.optim.Optimizer, data: dict, log: "Log") -> None:
     """The checkpoint of this step, if one is due. data: from which the next step is drawn."""
     if step % flags.save_every == 0 or step == flags.steps:
-        state = {"step": step, "data": data, "flags": asdict(flags), "line": log.lines[-1]}
+        state = {"step": step, "data": data, "flags": asdict(flags),
+                 "loss": log.lines[-1]["loss"]}  # tells whose log it is
         save_checkpoint(Path(flags.output) / "checkpoint", world, model, optimizer, state)
 
 
@@ -367,7 +368,7 @@ class Log:
         again: cut it off."""
         done = saved["step"] if saved else 0
         self.lines = [json.loads(line) for line in keep_lines(path, done, world)]
-        if saved and self.lines[-1:] != [saved["line"]]:
+        if saved and [line["loss"] for line in self.lines[-1:]] != [saved["loss"]]:
             raise MocaError(f"{path} and the checkpoint beside it are of two runs: start anew "
                             "without --resume")
         self.file = open(path if world.main else os.devnull, "a", buffering=1)

@@ -13,11 +13,12 @@ from nano_moca.benchmark import BATCHES, Flags, benchmark, make_mixes
 TINY = Flags(records=3)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen2-vl"])
-def test_transformers_and_we_compute_the_same_hidden_states(golden: Path, capsys, name: str):
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen2-vl", None])
+def test_transformers_and_we_compute_the_same_hidden_states(golden: Path, capsys, name: str | None):
     pytest.importorskip("transformers")
-    assert 0 < benchmark(replace(TINY, model=str(golden / name))) < 1e-3
+    assert 0 < benchmark(replace(TINY, model=name and str(golden / name), width=128)) < 1e-3
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[-1][:2] == ["our", "time:"] and "mm" in rows[-1]
     for mix in ("mixed", "sorted", "equal"):
         lines = [row for row in rows if row and row[0] == mix]
         assert len(lines) == 2  # forward, and forward with backward

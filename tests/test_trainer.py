@@ -111,7 +111,7 @@ def read_log(path: Path) -> list[dict]:
 
 def logged(path: Path, done: int, steps: int) -> Log:
     """Log the steps after `done`, as a run does."""
-    saved = {"step": done, "line": {"step": done, "loss": 1 / max(1, done)}}
+    saved = {"step": done, "loss": 1 / max(1, done)}
     log = Log(path, ALONE, steps, saved if done else None)
     for step in range(done + 1, steps + 1):
         log.write({"step": step, "loss": 1 / step})
@@ -135,7 +135,7 @@ def test_log_cuts_what_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: logged(path, 0, 2),
-                                   lambda path: path.write_text('{"step": 1}\n' * 6)])
+                                   lambda path: path.write_text('{"loss": 9}\n' * 6)])
 def test_log_of_another_run(tmp_path: Path, spoil: Callable) -> None:
     """A log that is gone, shorter, or of other steps than the checkpoint's is refused."""
     path = tmp_path / "log.jsonl"
