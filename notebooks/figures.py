@@ -3,6 +3,7 @@ root.
 
 captions.png       what the nano base says to unseen scenes, and how often it is right
 reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt, with its losses
+retrieval.png      the one that the last `torchrun train_cl.py` wrote to runs/cl, and similarity.png
 """
 
 from __future__ import annotations
@@ -63,5 +64,6 @@ def draw_captions() -> None:
 
 if __name__ == "__main__":
     draw_captions()
-    for name in ("reconstruction.png", "loss.png"):
-        shutil.copy(ROOT / "runs" / "cpt" / name, FIGURES / name)
+    for run, name in (("cpt", "reconstruction.png"), ("cpt", "loss.png"), ("cl", "retrieval.png"),
+                      ("cl", "similarity.png")):
+        shutil.copy(ROOT / "runs" / run / name, FIGURES / name)

@@ -1,10 +1,10 @@
-"""What --chunk is worth: peak memory of train_cl.py by --batch, with and without the gradient cache.
+"""What --chunk is worth: peak memory of train_cl.py by --batch, with and without gradient cache.
 
     python tests/gradcache_memory.py FOLDER
 
-Not part of the test suite. Writes 512 pairs of equal length into FOLDER (a scene of 2 x 2 cells, and
-its caption in a fixed number of words), makes one step on them for each row of the table, each in a
-process of its own, and prints that process's peak memory; "above" is what exceeds a run on two pairs.
+Not part of the test suite. Writes 512 pairs of equal length into FOLDER (a scene of four full cells
+and its caption), makes one step on them for each row of the table, each in a process of its own,
+and prints that process's peak memory; "above" is what exceeds a step on two pairs.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import train_cl
 import train_cpt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,23 +34,26 @@ def code_lines(path: Path) -> int:
     return len(lines)
 
 
+SCRIPTS = [ROOT / "train_cpt.py", ROOT / "train_cl.py"]
+
+
 def road_files() -> list[Path]:
-    """What stage 1 runs on."""
+    """What the two stages run on."""
     package = sorted(path for path in (ROOT / "nano_moca").glob("*.py") if path.name not in BESIDE)
-    return [ROOT / "train_cpt.py", *package]
+    return [*SCRIPTS, *package]
 
 
 def test_the_first_sentence_counts_right() -> None:
     """Its number of files and of lines."""
     files, lines = re.search(r"the (\d+) files .*? are ([\d,]+)\s+lines", README, re.S).groups()
-    assert int(files) == len(road_files()) - 1
+    assert int(files) == len(road_files()) - len(SCRIPTS)
     assert int(lines.replace(",", "")) == sum(map(code_lines, road_files()))
 
 
 def test_the_table_lists_every_file_with_its_lines() -> None:
     """A row a file, in the order in which they import each other."""
     rows = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M))
-    paths = [ROOT / "train_cpt.py", *(ROOT / "nano_moca").glob("*.py")]
+    paths = [*SCRIPTS, *(ROOT / "nano_moca").glob("*.py")]
     assert {name: int(count) for name, count in rows.items()} == {
         str(path.relative_to(ROOT)): code_lines(path) for path in paths}
 
@@ -71,9 +75,10 @@ def test_links_and_pictures_exist(link: str) -> None:
 
 
 def test_flags_exist() -> None:
-    """Every --flag that the README names is one of train_cpt.py's or of a tool it names."""
-    known = {"--" + field.name.replace("_", "-") for field in fields(train_cpt.Flags)}
-    known |= {"--help", "--nproc_per_node", "--input"}
+    """Every --flag that the README names is one of the scripts' or of a tool it names."""
+    known = {"--" + field.name.replace("_", "-")
+             for script in (train_cpt, train_cl) for field in fields(script.Flags)}
+    known |= {"--help", "--nproc_per_node", "--input", "--prompt", "--images"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
 
 
