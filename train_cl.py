@@ -81,6 +81,8 @@ def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
     if world.main:
         plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
         write_json(output / "scores.json", {"pairs": held_out, "tasks": scores})
+        learned = ", which were learned from," if held_out == flags.data else ""
+        print(f"of the pairs of {held_out}{learned} each query finds its answer:")
         for name, task in scores.items():
             print(f"{name:>24s}  recall@1 {task['recall@1']:.3f}  recall@10 {task['recall@10']:.3f}"
                   f"  of {task['candidates']} (chance {task['chance recall@1']:.3f}, "
@@ -130,7 +132,8 @@ def train(flags: Flags) -> None:
                    "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
         save_step(step, flags, world, model, optimizer, seen, log)
     end(flags, world, model, processor, log, loader, seen)
-    finish(flags, world, Moca(model, processor, flags.attention, pooling), log.lines)
+    moca = Moca(model, processor, flags.attention, pooling, flags.max_tokens)
+    finish(flags, world, moca, log.lines)
 
 
 if __name__ == "__main__":

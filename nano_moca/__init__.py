@@ -34,6 +34,7 @@ class Moca:
     processor: Processor
     attention: str = "bidirectional"
     pooling: str = "mean"
+    max_tokens: int | None = None  # longer texts are shortened to it
 
     @torch.inference_mode()
     def embed(self, items: Sequence[str | dict | Record]) -> Tensor:
@@ -43,7 +44,7 @@ class Moca:
         `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot
         be used.
         """
-        encoded = [self.processor.encode(record) for record in as_records(items)]
+        encoded = [self.processor.encode(record, self.max_tokens) for record in as_records(items)]
         ends = np.cumsum([len(item.tokens) for item in encoded]) // TOKENS_AT_ONCE
         vectors = [torch.empty(0, self.model.config.width)]
         for part in np.unique(ends):

@@ -24,7 +24,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -170,9 +170,6 @@ class Batches:
 
     skipped: Path | None  # lists what cannot be used; None: the first such record stops the run
     state: dict[str, int]  # all that the coming draws depend on, beside seed and data
-
-    def __iter__(self) -> Iterator:
-        return self
 
     def skip(self, error: MocaError) -> None:
         """Count and list what cannot be used, or stop."""
