@@ -47,10 +47,10 @@ class Flags(CommonFlags):
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
     chunk: int = flag(0, "records embedded at once, by the gradient cache; 0: all", low=0)
     hard_negatives: int = flag(2, "of each query, at most", low=0)
-    temperature: float = flag(0.03, "what cosines are divided by", low=1e-4)
+    temperature: float = flag(0.03, "what cosines are divided by", low=1e-4, high=10)
     pooling: str = flag(None, "default: mean; last if causal", choices=("mean", "last"))
     task_batches: str = flag("on", "one task a step, or off: tasks mixed", choices=("on", "off"))
-    alpha: float = flag(1.0, "a task's share of the steps is its size to this power", low=0)
+    alpha: float = flag(1.0, "a task's share of the steps is its size to this", low=0, high=10)
     without: str = flag(None, "a kind of pairs to leave out", choices=KINDS)
     held_out: str = flag(None, "pairs for the report (default: --data, or the embedded ones)")
 
@@ -67,9 +67,11 @@ def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequ
 def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
     """Rank held-out pairs, draw the pictures, and say what was learned."""
     output, scores, rankings = Path(flags.output), {}, {}
-    held_out = flags.held_out or ("builtin:development" if flags.data == "builtin" else flags.data)
-    try:
-        for name, task in load_tasks(held_out, 0).items():  # on all ranks, for sharded models
+    builtin = flags.data in ("builtin", "builtin:train")
+    held_out = flags.held_out or ("builtin:development" if builtin else flags.data)
+    unusable = [] if flags.on_error == "skip" else None
+    try:  # on all ranks, for sharded models
+        for name, task in load_tasks(held_out, 0, unusable).items():
             pairs = [task[i] for i in range(min(REPORT_PAIRS, len(task)))]
             rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
             scores[name] = rankings[name].scores()
@@ -77,16 +79,14 @@ def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
             plot_retrieval(output / "retrieval.png", rankings)
             plot_similarity(output / "similarity.png", rankings)
     except MocaError as error:  # the model is saved: a pair that is only reported spoils no run
-        print(f"no report on {held_out}: {error}", flush=True)
+        if world.main:
+            print(f"no report on {held_out}: {error}", flush=True)
     if world.main:
         plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
         write_json(output / "scores.json", {"pairs": held_out, "tasks": scores})
-        learned = ", which were learned from," if held_out == flags.data else ""
-        print(f"of the pairs of {held_out}{learned} each query finds its answer:")
+        print(f"ranked: pairs of {held_out}{', learned from' * (held_out == flags.data)}")
         for name, task in scores.items():
-            print(f"{name:>24s}  recall@1 {task['recall@1']:.3f}  recall@10 {task['recall@10']:.3f}"
-                  f"  of {task['candidates']} (chance {task['chance recall@1']:.3f}, "
-                  f"{task['chance recall@10']:.3f})")
+            print(f"{name:>24s} ", ", ".join(f"{key} {task[key]:.3g}" for key in task))
         print(f"{output}: the model is in model/, beside it scores.json and the pictures")
 
 
@@ -101,8 +101,8 @@ def train(flags: Flags) -> None:
                           skipped, unusable or ())
     causal = flags.attention == "causal"
     pooling = flags.pooling or ("last" if causal else "mean")
-    about = (f"{flags.batch} pairs ({batches.counts} steps an epoch), {flags.attention} attention, "
-             f"{pooling} pooling")
+    about = (f"{flags.batch} pairs ({batches.steps} steps an epoch: {batches.counts}), "
+             f"{flags.attention} attention, {pooling} pooling")
     optimizer, log, done = begin(flags, world, model, batches, about)
 
     def embed(items: list[Encoded]) -> Tensor:  # [items, D]

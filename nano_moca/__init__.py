@@ -5,7 +5,7 @@
     vectors = moca.embed(["a cat", {"text": nano_moca.MARK + "a photo", "images": [image]}])
 
 Reading order: config, attention, vision, language, model, weights, processor, masking, kernels,
-losses, data, trainer, report, and then the training loop in train_cpt.py.
+losses, data, trainer, report, and then the training loops in train_cpt.py and train_cl.py.
 """
 
 from collections.abc import Sequence

@@ -286,7 +286,7 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None
 
 
 def record_key(record: Record) -> tuple:
-    """Equal for records of equal text and images, whatever their source."""
+    """Equal for records of the same text, and of images of the same path, bytes or pixels."""
     return record.text, *(
         (image.size, hashlib.sha256(image.tobytes()).digest()) if isinstance(image, Image.Image)
         else image for image in record.images)

@@ -253,9 +253,10 @@ def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
         vectors = embed(records)
         found = [cosines(vectors[[query]], vectors[others])[0] for query, *others in questions]
         right = [(row[0] > row[1:]).all() for row in found]  # a tie or NaN is not larger
+        twice = sum(answer in others for _, answer, *others in questions)  # a tie by the data
         chance = [1 / len(row) for row in found]
         yield folder.name, {"precision@1": float(np.mean(right)), "queries": len(found),
-                            "chance": float(np.mean(chance))}
+                            "chance": float(np.mean(chance)), "right candidate given twice": twice}
 
 
 def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
@@ -356,7 +357,8 @@ def score(args: argparse.Namespace) -> None:
         means = averages(metric, tasks)
         write_json(Path(args.output), {
             "model": args.model, "tasks": tasks, f"average {metric}": means})
-    print("; ".join(f"{name}: {mean:.3f}" for name, mean in means.items()), f"({metric})")
+    print(f"average {metric}:", "; ".join(f"{name}: {mean:.3f}" for name, mean in means.items())
+          or "no task has a name that the benchmark knows")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -370,7 +372,8 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
         command.add_argument("--output", required=True, help="the file to write")
         command.add_argument("--attention", choices=ATTENTIONS, default=ATTENTIONS[0])
-        command.add_argument("--pooling", choices=("mean", "last"), default="mean")
+        command.add_argument("--pooling", choices=("mean", "last"), help="default: mean; last if "
+                             "causal, as train_cl.py has it")
         command.add_argument("--dtype", choices=("float32", "bfloat16"),
                              help="default: float32 on cpu, the checkpoint's own on cuda")
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if any")
@@ -386,6 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     commands.choices["vidore"].add_argument("--prompt", help="put beside each page",
                                             default="Represent the given document image.")
     args = parser.parse_args(argv)
+    args.pooling = args.pooling or ("last" if args.attention == "causal" else "mean")
     for limit in (args.min_pixels, args.max_pixels):
         if limit is not None and limit < 1:
             parser.error(f"{limit} pixels are too few for an image")

@@ -1,10 +1,10 @@
 """What both training loops need around them: flags, processes, sharding, checkpoints, log, picture.
 
-Plain functions; the loop itself stands in train_cpt.py. In the order in which a script needs them:
-`start`, `load_model`, `begin`, then at each step `prefetch`, `update` and `save_checkpoint`, and at
-the end `save_model` and `plot_losses`. The precision policy, in one place: master
-weights, summed gradients and optimiser state are float32; matrix products run in `--dtype`
-(bfloat16 on CUDA); norms, softmax and losses are computed in float32 whatever the dtype.
+Plain functions; the loops themselves stand in train_cpt.py and train_cl.py. In the order in which a
+script needs them: `start`, `load_model`, `begin`, then at each step `prefetch`, `update` and
+`save_step`, and `end` and `plot_losses`. The precision policy, in one place: master weights, summed
+gradients and optimiser state are float32; matrix products run in `--dtype` (bfloat16 on CUDA);
+norms, softmax and losses are computed in float32 whatever the dtype.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from nano_moca.weights import (
 )
 
 # when a run is resumed: what changes nothing that was computed
-MAY_CHANGE = {"output", "steps", "save_every", "resume", "device", "checkpointing", "on_error"}
+MAY_CHANGE = "output steps save_every resume device checkpointing on_error held_out".split()
 
 
 def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf,
@@ -251,7 +251,7 @@ def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
 
 
 def prefetch(make: Callable[[], Any]) -> Iterator[Any]:
-    """Call `make` one call ahead, in a thread: images are decoded while the model computes."""
+    """Call `make` one call ahead, in a thread: data is made ready while the model computes."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(make)
         while True:
@@ -341,7 +341,8 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor) -> No
         tensor = parameter.detach()
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if world.main:
-            tensors[name] = tensor.to("cpu", dtype)
+            # a copy: of unevenly divided rows a whole tensor is a view, which nobody could save
+            tensors[name] = tensor.to("cpu", dtype, copy=True)
     if world.main:
         with writing(folder):
             fresh = fresh_folder(folder)

@@ -185,8 +185,11 @@ def test_mmeb_scores_as_a_plain_loop_does(tmp_path: Path, pictures: Path, kind: 
     expected = mmeb_by_loop(MMEB_ROWS, vector)
     assert 0 < expected < 1
     chance = sum(1 / len(row["tgt_text"]) for row in MMEB_ROWS) / len(MMEB_ROWS)
+    pairs = [list(zip(row["tgt_text"], row["tgt_img_path"], strict=True)) for row in MMEB_ROWS]
+    twice = sum(first in others for first, *others in pairs)
     assert scores == {"precision@1": pytest.approx(expected, abs=1e-12),
-                      "queries": len(MMEB_ROWS), "chance": pytest.approx(chance, abs=1e-12)}
+                      "queries": len(MMEB_ROWS), "chance": pytest.approx(chance, abs=1e-12),
+                      "right candidate given twice": twice}
 
 
 @pytest.mark.parametrize("path", ["", None])
@@ -208,7 +211,8 @@ def test_repeated_candidates_are_ties_and_a_tie_is_wrong(tmp_path: Path, candida
             for n in range(20)]
     write(tmp_path / "data" / "Mine" / "test", rows, "jsonl")
     made = score("mmeb", tmp_path / "scores.json", "--data", tmp_path / "data")["tasks"]["Mine"]
-    assert made == {"precision@1": 0, "queries": 20, "chance": pytest.approx(1 / candidates)}
+    assert made == {"precision@1": 0, "queries": 20, "chance": pytest.approx(1 / candidates),
+                    "right candidate given twice": 20}
 
 
 @pytest.mark.parametrize("vector", [constant, not_a_number])

@@ -146,10 +146,11 @@ def test_two_ranks_change_nothing(plain: Path, golden: Path, data: Path, tmp_pat
     assert ours == theirs
 
 
-@pytest.mark.parametrize(("chunk", "ranks"), [(4, 1), (1, 1), (4, 2), (1, 2)])
+@pytest.mark.parametrize(("chunk", "ranks"), [(4, 1), (1, 1), (4, 2), (1, 2), (0, 3)])
 def test_chunks_change_nothing(plain: Path, run: Callable, tmp_path: Path, chunk: int, ranks: int
                                ) -> None:
-    """--chunk, on one rank and on two, is the same run."""
+    """--chunk, and ranks, among them three, which do not divide a tensor's rows, are the same
+    run."""
     assert_same_run(run(tmp_path / "run", "--chunk", str(chunk), ranks=ranks), plain)
 
 
@@ -255,7 +256,7 @@ def test_causal_attention_pools_the_last_token(ablated: Callable, plain: Path) -
 
 @pytest.mark.parametrize("line", [
     "--surely-unknown 1", "--temperature 0", "--batch 1", "--hard-negatives -1", "--chunk -1",
-    "--task-batches maybe", "--alpha nan", "--without images", "--pooling max",
+    "--task-batches maybe", "--alpha 400", "--temperature inf", "--without images", "--pooling max",
 ])
 def test_bad_flags(line: str, capsys: pytest.CaptureFixture) -> None:
     """One line that names the flag, and exit code 2."""
@@ -367,6 +368,20 @@ def test_weights_not_finite(checkpoint: Path, data: Path, launch: Callable, tmp_
     job = launch(tmp_path / "run", "--data", data, "--model", checkpoint)
     assert job.wait() == 1 and "Traceback" not in job.output
     assert "error: step 1: the loss is nan" in job.output and "data.jsonl:" in job.output
+
+
+def test_what_the_report_is_on(ablated: Callable, data: Path, capsys: pytest.CaptureFixture,
+                               tmp_path: Path) -> None:
+    """Pairs that were learned from are called so; others are not; with --on-error skip, lines that
+    cannot be used do not stop it."""
+    ablated("--steps", "1")
+    assert f"{data}, learned from" in capsys.readouterr().out
+    other = bad_data(tmp_path / "other", "malformed JSON")
+    ablated("--steps", "1", "--held-out", other, "--on-error", "skip")
+    said = capsys.readouterr().out
+    assert "learned from" not in said and "no report" not in said
+    assert {*json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]} == {
+        "caption", "page", "words"}
 
 
 def test_a_report_on_data_that_cannot_be_read(ablated: Callable, tmp_path: Path,

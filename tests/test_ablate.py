@@ -1,0 +1,95 @@
+"""The ablations by one command: which runs it makes of an arm, and what it keeps. The training
+itself is replaced by what it leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train_cl
+import train_cpt
+from nano_moca import MocaError, ablate, evaluate
+from nano_moca.ablate import ARMS, SHOWN, Flags
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """The runs that were made: (what, its flags or words), in order."""
+    made: list[tuple[str, object]] = []
+
+    def train(flags: train_cpt.Flags | train_cl.Flags) -> None:
+        made.append(("stage 1" if isinstance(flags, train_cpt.Flags) else "stage 2", flags))
+        output = Path(flags.output)
+        (output / "model").mkdir(parents=True)
+        (output / "scores.json").write_text("{}")
+
+    def score(words: list[str]) -> None:
+        made.append(("test", words))
+        tasks = {task: {"recall@1": 0.1 * len(made)} for task in SHOWN}
+        Path(words[words.index("--output") + 1]).write_text(json.dumps({"tasks": tasks}))
+
+    monkeypatch.setattr(train_cpt, "train", train)
+    monkeypatch.setattr(train_cl, "train", train)
+    monkeypatch.setattr(evaluate, "main", score)
+    return made
+
+
+def test_an_arm_is_both_stages_with_its_flags(made: list, tmp_path: Path) -> None:
+    """Stage 1 by its flags, stage 2 from its model, the test as the model was trained."""
+    ablate.ablate(Flags("control-causal", 1, 5, str(tmp_path)))
+    (_, first), (_, second), (_, words) = made
+    assert first.objective == "next-token" and first.seed == second.seed == 0
+    assert second.attention == "causal" and second.steps == 5
+    assert second.model == str(Path(first.output) / "model")
+    assert words[:3] == ["builtin", "--model", str(Path(second.output) / "model")]
+    assert words[-4:] == ["--attention", "causal", "--pooling", "last"]
+
+
+def test_without_stage_1(made: list, tmp_path: Path) -> None:
+    """It starts from the nano base."""
+    ablate.ablate(Flags("none", 1, 5, str(tmp_path)))
+    assert [what for what, _ in made] == ["stage 2", "test"]
+    assert made[0][1].model.endswith("base")
+
+
+def test_arms_share_stage_1_and_nothing_is_done_twice(made: list, tmp_path: Path) -> None:
+    """Three arms with the same stage 1, two seeds: two runs of it. A second call makes none, and a
+    third seed makes only its own."""
+    flags = Flags("both,no-documents,mixed", 2, 5, str(tmp_path))
+    ablate.ablate(flags)
+    assert [what for what, _ in made].count("stage 1") == 2
+    assert [what for what, _ in made].count("stage 2") == 6
+    kinds = {(run.without, run.task_batches, run.seed) for what, run in made if what == "stage 2"}
+    assert len(kinds) == 6
+    made.clear()
+    ablate.ablate(flags)
+    assert not made
+    ablate.ablate(Flags("both", 3, 5, str(tmp_path)))
+    assert [what for what, _ in made] == ["stage 1", "stage 2", "test"]
+
+
+def test_what_it_writes(made: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All scores by arm and seed, a picture, and a line an arm."""
+    ablate.ablate(Flags("both,none", 2, 5, str(tmp_path)))
+    results = json.loads((tmp_path / "ablations.json").read_text())
+    assert {arm: [*seeds] for arm, seeds in results.items()} == {
+        "both": ["seed 0", "seed 1"], "none": ["seed 0", "seed 1"]}
+    with Image.open(tmp_path / "ablations.png") as picture:
+        assert min(picture.size) > 200
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(ARMS["both"][0]) and lines[-1].startswith(ARMS["none"][0])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_names_flags_that_exist(made: list, tmp_path: Path, arm: str) -> None:
+    """Each parses, and no two arms are the same."""
+    ablate.ablate(Flags(arm, 1, 5, str(tmp_path)))
+    assert made[-1][0] == "test"
+    assert len({(first, second) for _, first, second in ARMS.values()}) == len(ARMS)
+
+
+def test_an_unknown_arm(tmp_path: Path) -> None:
+    """One line that names the arms."""
+    with pytest.raises(MocaError, match="the arms are both"):
+        ablate.ablate(Flags("bot", 1, 5, str(tmp_path)))
