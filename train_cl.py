@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-from torch.utils.data import ConcatDataset
-
-from nano_moca import Moca
+from nano_moca import Moca  # before torch: see there
 from nano_moca.config import BASE, MocaError, write_json
 from nano_moca.data import KINDS, Pair, PairBatches, load_tasks
 from nano_moca.evaluate import plot_retrieval, plot_similarity, rank_pairs
@@ -27,6 +24,8 @@ from nano_moca.trainer import (
     CommonFlags, World, begin, end, flag, load_model, parse_flags, plot_losses, prefetch, run,
     save_step, skip_list, start, update,
 )
+from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
 REPORT_PAIRS = 200  # of each task, for the report at the end
@@ -67,11 +66,9 @@ def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequ
 def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
     """Rank held-out pairs, draw the pictures, and say what was learned."""
     output, scores, rankings = Path(flags.output), {}, {}
-    builtin = flags.data in ("builtin", "builtin:train")
-    held_out = flags.held_out or ("builtin:development" if builtin else flags.data)
-    unusable = [] if flags.on_error == "skip" else None
+    held_out = flags.held_out or ("builtin:development" if flags.data == "builtin" else flags.data)
     try:  # on all ranks, for sharded models
-        for name, task in load_tasks(held_out, 0, unusable).items():
+        for name, task in load_tasks(held_out, 0, [] if skip_list(flags, world) else None).items():
             pairs = [task[i] for i in range(min(REPORT_PAIRS, len(task)))]
             rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
             scores[name] = rankings[name].scores()

@@ -8,9 +8,13 @@ Reading order: config, attention, vision, language, model, weights, processor, m
 losses, data, trainer, report, and then the training loops in train_cpt.py and train_cl.py.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# Before torch is loaded: threads that spin while they wait slow a busy machine down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
