@@ -303,24 +303,33 @@ def initialise(model: VLM, seed: int) -> None:
         nn.init.normal_(parameter, std=spread, generator=generator)
 
 
-def make_base(argv: list[str]) -> None:
-    """Learn the tokenizer, train a causal captioner from nothing, and put both into nano_moca/base.
+def train_base(start: Path, argv: Sequence[str]) -> Path:
+    """Train a causal captioner from nothing; the folder of the model.
 
-    The shape of the model is what the base's config.json says: change it there. argv: flags of
-    train_cpt.py that differ from what the committed base was made with.
+    start: a folder like nano_moca/base, whose config.json says the model's shape; gets random
+    weights. argv: flags of train_cpt.py that differ from what the committed base was made with.
     """
     import train_cpt
 
     made_with = ("--output runs/base --data builtin:base --objective next-token --steps 1600 "
                  "--batch-tokens 2000 --learning-rate 2e-3").split()
-    flags = parse_flags(train_cpt.Flags, [*made_with, *argv], "Make the nano base.")
-    start = Path(shutil.copytree(BASE, Path(flags.output) / "start", dirs_exist_ok=True))
-    make_tokenizer().save(str(start / "tokenizer.json"))
+    words = [*made_with, "--model", str(start), *argv]
+    flags = parse_flags(train_cpt.Flags, words, "Make the nano base.")
     model = VLM(load_config(start))
     initialise(model, flags.seed)
     save_weights(start, model.state_dict(), model.config)
-    train_cpt.train(replace(flags, model=str(start)))
-    shutil.copy(start.with_name("model") / "model.safetensors", start)
+    train_cpt.train(flags)
+    return Path(flags.output) / "model"
+
+
+def make_base(argv: list[str]) -> None:
+    """Learn the tokenizer, train the base, and put both into nano_moca/base.
+
+    The shape of the model is what the base's config.json says: change it there.
+    """
+    start = Path(shutil.copytree(BASE, "runs/base/start", dirs_exist_ok=True))
+    make_tokenizer().save(str(start / "tokenizer.json"))
+    shutil.copy(train_base(start, argv) / "model.safetensors", start)
     shutil.copytree(start, fresh_folder(BASE), dirs_exist_ok=True)
     replace_folder(BASE)
 

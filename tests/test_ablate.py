@@ -11,6 +11,7 @@ import train_cl
 import train_cpt
 from nano_moca import MocaError, ablate, evaluate
 from nano_moca.ablate import ARMS, SHOWN, Flags
+from nano_moca.config import BASE, load_config
 
 
 @pytest.fixture
@@ -23,6 +24,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
         output = Path(flags.output)
         (output / "model").mkdir(parents=True)
         (output / "scores.json").write_text("{}")
+        line = {"tokens": 1000, "tokens_per_second": 100}
+        (output / "log.jsonl").write_text(f"{json.dumps(line)}\n" * 60)
 
     def score(words: list[str]) -> None:
         made.append(("test", words))
@@ -75,10 +78,13 @@ def test_what_it_writes(made: list, tmp_path: Path, capsys: pytest.CaptureFixtur
     results = json.loads((tmp_path / "ablations.json").read_text())
     assert {arm: [*seeds] for arm, seeds in results.items()} == {
         "both": ["seed 0", "seed 1"], "none": ["seed 0", "seed 1"]}
+    assert results["both"]["seed 0"]["minutes"] == 20 and results["none"]["seed 1"]["minutes"] == 10
+    assert {*SHOWN} == {*results["none"]["seed 0"]["tasks"]}
     with Image.open(tmp_path / "ablations.png") as picture:
         assert min(picture.size) > 200
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith(ARMS["both"][0]) and lines[-1].startswith(ARMS["none"][0])
+    assert lines[-2].startswith(ARMS["both"].about) and lines[-1].startswith(ARMS["none"].about)
+    assert "run 3 of 4: both stages, seed 1" in lines
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -86,7 +92,18 @@ def test_every_arm_names_flags_that_exist(made: list, tmp_path: Path, arm: str) 
     """Each parses, and no two arms are the same."""
     ablate.ablate(Flags(arm, 1, 5, str(tmp_path)))
     assert made[-1][0] == "test"
-    assert len({(first, second) for _, first, second in ARMS.values()}) == len(ARMS)
+    assert len({arm[1:] for arm in ARMS.values()}) == len(ARMS)
+
+
+def test_a_smaller_base_is_made_once(made: list, tmp_path: Path) -> None:
+    """By stage 1's script, causally, of a smaller shape; its arms begin with it."""
+    ablate.ablate(Flags("small,small-none", 2, 5, str(tmp_path)))
+    stages_1 = [run for what, run in made if what == "stage 1"]
+    assert [run.objective for run in stages_1] == ["next-token", "restore", "restore"]
+    small = load_config(stages_1[0].model)
+    assert small.width == 96 < load_config(BASE).width
+    assert {run.model for run in stages_1[1:]} == {str(tmp_path / "base-small" / "model")}
+    assert [run.model for what, run in made if what == "stage 2"][1] == stages_1[1].model
 
 
 def test_an_unknown_arm(tmp_path: Path) -> None:
