@@ -114,7 +114,7 @@ def scores(arm: str, seed: int, flags: Flags) -> dict[str, Any]:
 
 
 def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
-    """Recall@1 of each seed of an arm."""
+    """Recall@1 of each seed of an arm, [seeds]."""
     return np.array([run["tasks"][task]["recall@1"] for run in seeds.values()])
 
 

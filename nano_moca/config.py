@@ -65,6 +65,7 @@ class Config:
 
     @property
     def head_width(self) -> int:
+        """Values of one attention head (d)."""
         return self.width // self.heads
 
     @property

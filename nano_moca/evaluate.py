@@ -71,8 +71,8 @@ class Ranking:
     similarities: np.ndarray  # [Q, C] cosines
 
     def ranks(self) -> np.ndarray:
-        """The rank of each query's right answer, from 1. A tie counts against, and so does NaN:
-        else a model that maps all to one point would be perfect."""
+        """The rank of each query's right answer, from 1: [Q] int64. A tie counts against, and so
+        does NaN: else a model that maps all to one point would be perfect."""
         own = np.take_along_axis(self.similarities, self.right[:, None], 1)  # [Q, 1]
         return (~(self.similarities < own)).sum(1)  # itself among them
 
@@ -186,7 +186,7 @@ def content_hash(records: list[Record], identity: str) -> str:
 
 
 def save_vectors(path: Path, vectors: np.ndarray) -> None:
-    """The file gets its name when it is whole."""
+    """vectors [N, D]. The file gets its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
     with open(fresh, "wb") as file:
@@ -296,13 +296,13 @@ def ndcg(similarities: np.ndarray, relevance: np.ndarray) -> float:
 
 
 def ndcg_by_chance(relevance: np.ndarray) -> float:
-    """What a random order scores on average."""
+    """What a random order of [C] pages scores on average."""
     everywhere = np.full(len(relevance), relevance.mean())
     return discounted(everywhere) / discounted(np.sort(relevance)[::-1])
 
 
 def discounted(gains: np.ndarray) -> float:
-    """The first five gains, each divided by log2(1 + rank)."""
+    """The sum of the first five of [C] gains, each divided by log2(1 + rank)."""
     return float((gains[:K] / np.log2(np.arange(2, len(gains[:K]) + 2))).sum())
 
 

@@ -131,7 +131,7 @@ def cross_entropy_triton_(logits: Tensor, labels: Tensor, scale: float, gradient
 
 def squared_error_triton(predicted: Tensor, target: Tensor, scale: float, gradient: bool
                          ) -> tuple[Tensor, Tensor | None]:
-    """Twin of squared_error_torch."""
+    """Twin of squared_error_torch: the same shapes."""
     require_triton(predicted)
     predicted, target = predicted.contiguous(), target.contiguous()
     errors = predicted.new_empty(len(predicted), dtype=torch.float32)

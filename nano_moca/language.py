@@ -28,6 +28,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor, segments: Segments, causal: bool) -> Tensor:
+        """x [T, D], angles [T, d/2] float32 (d: width of a head) -> [T, D]."""
         query, key, value = (
             proj(x).unflatten(-1, (-1, self.head_width))  # [T, H or K, d]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -47,6 +48,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.width, config.mlp_width, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor, segments: Segments, causal: bool) -> Tensor:
+        """As SelfAttention."""
         x = x + self.self_attn(self.input_layernorm(x), angles, segments, causal)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -157,7 +157,7 @@ class Restorer(nn.Module):
     def forward(self, corruption: Corruption, causal: bool, loss: Callable
                 ) -> tuple[Tensor, Tensor]:
         """Run the corrupted batch and hand what was hidden to `loss`: masked_reconstruction_loss or
-        its like."""
+        its like. Returns the two losses (MLM, MAE), scalars in float32."""
         hidden = self.vlm(corruption.batch, causal)  # [T, D]
         predicted = self.patch_decoder(hidden, corruption.batch, corruption.group_rows)  # [G, 4704]
         told = hidden[corruption.text_rows]  # [R, D]

@@ -34,6 +34,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape and dtype."""
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return scaled.to(x.dtype) * self.weight
@@ -50,6 +51,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(mlp_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [rows, width] -> [rows, width]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -62,6 +64,7 @@ class QuickGeluMLP(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [rows, width] -> [rows, width]."""
         hidden = self.fc1(x)
         return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
 
@@ -83,6 +86,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, angles: Tensor, segments: Segments) -> Tensor:
+        """x [P, width], angles [P, d/2] float32 (d: width of a head) -> [P, width]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [P, 3, H, d]
         query, key, value = qkv.unbind(1)
         query, key = (rotate(x.float(), angles).to(x.dtype) for x in (query, key))  # as Qwen does
@@ -103,6 +107,7 @@ class VisionBlock(nn.Module):
             self.mlp = QuickGeluMLP(config.width, config.mlp_width)
 
     def forward(self, x: Tensor, angles: Tensor, segments: Segments) -> Tensor:
+        """As VisionAttention."""
         x = x + self.attn(self.norm1(x), angles, segments)
         return x + self.mlp(self.norm2(x))
 
@@ -119,7 +124,8 @@ class Merger(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, outer))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.group_width))  # [P, width] -> [P/4, D]
+        """x [P, width], the patches of a group in four rows that follow each other -> [P/4, D]."""
+        return self.mlp(self.ln_q(x).view(-1, self.group_width))
 
 
 def run_block(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
@@ -164,6 +170,7 @@ class VisionTower(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """Rows of patches are by 2x2 groups; frames, rows and columns are counted in patches."""
         config, device, per_group = self.config, patches.device, self.config.merge**2
         positions, orders, window_lengths, image_lengths, first = [], [], [], [], 0
         for grid in grids.tolist():
