@@ -1,6 +1,7 @@
 """Draw the pictures that the README shows: `python notebooks/figures.py`, from the repository's
 root.
 
+stages.png         how the two stages work (stages.py)
 captions.png       what the nano base says to unseen scenes, and how often it is right
 reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt, with its losses
 retrieval.png      the one that the last `torchrun train_cl.py` wrote to runs/cl, and similarity.png
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 
 import nano_moca
 from nano_moca.builtin import KNOWN, NAMES, SPLITS, random_scene
+from stages import draw_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "notebooks" / "figures"
@@ -63,6 +65,7 @@ def draw_captions() -> None:
 
 
 if __name__ == "__main__":
+    draw_stages()
     draw_captions()
     for run, name in (("cpt", "reconstruction.png"), ("cpt", "loss.png"), ("cl", "retrieval.png"),
                       ("cl", "similarity.png")):

@@ -1,0 +1,281 @@
+"""Draw how the two stages work: `python notebooks/stages.py`, from the repository's root.
+
+The parts are real: a record, what masking.py hides of it, the patterns of attention.py, a batch of
+data.py and what its queries are compared with. Only the circle of unit vectors is a sketch.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import matplotlib
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from helpers import BLUE, GREY, RED, token_names
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+from matplotlib.textpath import TextPath
+from PIL import Image
+
+import train_cl
+import train_cpt
+from nano_moca.attention import Segments, reference_attention
+from nano_moca.builtin import Builtin, builtin_tasks
+from nano_moca.config import BASE, load_config
+from nano_moca.data import KINDS, PairBatches
+from nano_moca.masking import corrupt
+from nano_moca.processor import Processor
+from nano_moca.report import unpatchify
+from torch import device, eye, zeros
+
+FILE = Path(__file__).resolve().parent / "figures" / "stages.png"
+WIDTH, HEIGHT, LEFT, RIGHT = 1200, 1228, 40, 1160  # hundredths of an inch
+INK, PALE, PINK, MIST, LINE = "#222222", "#e4edf7", "#fbe8e4", "#eff0f2", "#c4c8ce"
+SOFT = "#666666"  # of what is said beside: subtitles, files
+RECORD, TASK, DRAW, PAIRS = 5251, "caption-to-scene", 132, 4  # what is shown of the embedded data
+
+
+class Sheet:
+    """A page whose y runs downwards, and the few things that are drawn on it."""
+
+    def __init__(self) -> None:
+        self.figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100))
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.axis("off")
+
+    def text(self, x: float, y: float, text: str, size: float = 11.5, color: str = INK,
+             ha: str = "left", **more: str) -> None:
+        """Words beside a point, or around it; names of files are small and grey."""
+        if text.endswith(".py"):
+            size, color, more = 10, SOFT, {"family": "monospace"}
+        self.axes.text(x, y, text, size=size, color=color, ha=ha, va="center", zorder=4, **more)
+
+    def box(self, x: float, y: float, width: float, height: float, fill: str = PALE,
+            edge: str = "none", radius: float = 5) -> None:
+        """A rectangle with round corners."""
+        style = f"round,pad=0,rounding_size={radius}"
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, style, fc=fill, ec=edge, lw=1.4,
+                                           zorder=3))
+
+    def part(self, x: float, y: float, end: float, title: str, more: str, file: str) -> None:
+        """A part of the model: its name, a few words, its file."""
+        self.box(x, y, end - x, 36)
+        self.text(x + 12, y + 18, title, weight="bold")
+        self.text(x + 24 + width_of(title, "bold"), y + 18, more)
+        self.text(end - 12, y + 18, file, ha="right")
+
+    def arrow(self, x: float, y: float, to_x: float, to_y: float, color: str = GREY) -> None:
+        """From one point to another."""
+        self.axes.add_patch(FancyArrowPatch(
+            (x, y), (to_x, to_y), arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0,
+            color=color, lw=1.4, zorder=3))
+
+    def picture(self, pixels: np.ndarray | Image.Image, x: float, y: float, side: float,
+                edge: str = "none") -> None:
+        """A square picture, framed or not."""
+        self.axes.imshow(pixels, extent=(x, x + side, y + side, y), zorder=2)
+        self.axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0))
+        self.box(x, y, side, side, "none", edge, 0)
+
+    def head(self, y: float, number: int, title: str, file: str, text: str) -> None:
+        """A stage's title, the script that runs it, and what it does."""
+        self.axes.add_patch(Circle((LEFT + 17, y), 17, fc=BLUE))
+        self.text(LEFT + 17, y, str(number), 15, "white", "center", weight="bold")
+        self.text(LEFT + 48, y, title, 17, weight="bold")
+        self.text(RIGHT, y, file, ha="right")
+        self.text(LEFT + 48, y + 30, text, 12, SOFT)
+
+    def formula(self, x: float, y: float, end: float, text: str, files: str) -> None:
+        """A stage's loss, and where it is computed."""
+        self.box(x, y - 20, end - x, 40, radius=20)
+        self.text((x + end) / 2, y, text, 13, ha="center", weight="bold")
+        self.text((x + end) / 2, y + 35, files, ha="center")
+
+
+def width_of(text: str, weight: str = "normal") -> float:
+    """How wide a text is on the sheet."""
+    path = TextPath((0, 0), text, size=11.5, prop=FontProperties(weight=weight))
+    return path.get_extents().width * 100 / 72
+
+
+def pattern(length: int, causal: bool) -> np.ndarray:
+    """Which tokens (columns) each token sees: the weights of attention.py where all are alike."""
+    alike, own = zeros(length, 1, 1), eye(length)[:, None]
+    segments = Segments((length,), device("cpu"))
+    return reference_attention(alike, alike, own, segments, causal)[:, 0].numpy() > 0
+
+
+def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
+    """Down the page: a record, what is hidden of it, the decoder, and what has to be restored."""
+    flags, batch = train_cpt.Flags, processor.batch([Builtin()[RECORD]])
+    corruption = corrupt(batch, processor, flags.text_mask, flags.image_mask, [(0, RECORD)])
+    hidden = {*corruption.text_rows.tolist(), *corruption.group_rows.tolist()}
+    names, images = token_names(processor, batch.tokens.tolist()), batch.image_rows.tolist()
+    words, grid = range(images[-1] + 2, len(names) - 1), batch.grids[0].tolist()
+    clear, seen = (unpatchify(part.patches.numpy(), grid, processor)
+                   for part in (batch, corruption.batch))
+    step = processor.config.vision.patch * processor.config.vision.merge  # pixels of a group
+    groups = [(slice(y, y + step), slice(x, x + step)) for y in range(0, len(clear), step)
+              for x in range(0, clear.shape[1], step)]
+    for row, group in zip(images, groups, strict=True):
+        if row in hidden:  # noise has colours, which would draw all eyes
+            seen[group] = seen[group].mean(-1, keepdims=True)
+
+    size, side = 25, 124  # of a token and of a picture
+    widths = np.array([size if row in images else width_of(name) + 12
+                       for row, name in enumerate(names)])
+    gap = (RIGHT - LEFT - widths.sum()) / (len(names) - 1)
+    lefts = LEFT + np.cumsum(widths + gap) - widths - gap
+    middles, rights = lefts + widths / 2, lefts + widths
+    first, last = lefts[images[0]], rights[images[-1]]  # of the picture's tokens
+    start, end = lefts[words[0]], rights[words[-1]]
+
+    sheet.head(44, 1, "Continual pre-training", "train_cpt.py",
+               "Hide parts of pictures and of the words beside them, and restore each from all "
+               "that is left, before it and after it.")
+    x = start
+    for fill, edge, label in ((MIST, "none", "seen"), (PINK, RED, "hidden"),
+                              ("white", BLUE, "to be restored")):
+        sheet.box(x, 106, 28, 18, fill, edge)
+        sheet.text(x + 38, 115, label)
+        x += 66 + width_of(label)
+    shares = [f"{100 * rate:.0f} %" for rate in (flags.image_mask, flags.text_mask)]
+    sheet.text(first, 115, f"{shares[0]} of the 2x2 groups of patches become noise")
+    sheet.text(start, 222, f"{shares[1]} of the words become _")
+    sheet.text((first + last) / 2, 213, "masking.py", ha="center")
+    sheet.text(end, 222, "masking.py", ha="right")
+    sheet.picture(clear, first, 134, side)
+    sheet.picture(seen, last - side, 134, side)
+    sheet.arrow(first + side + 10, 196, last - side - 10, 196)
+    sheet.arrow(last - side / 2, 259, last - side / 2, 281)
+    sheet.part(first, 282, last, "ViT", "", "vision.py")
+
+    for row, name in enumerate(names):
+        x, width, middle, gone = lefts[row], widths[row], middles[row], row in hidden
+        color, ink = (RED, RED) if gone else (LINE, INK)
+        sheet.arrow(middle, 373, middle, 397, color)
+        if gone:
+            sheet.arrow(middle, 510, middle, 539, RED)
+            sheet.arrow(middle, 576, middle, 603, BLUE)
+        if row in images:
+            group, edge = groups[row - images[0]], RED if gone else "none"
+            sheet.arrow(middle, 318, middle, 345, color)
+            sheet.picture(seen[group], x, 346, size, edge)
+            if gone:
+                zoom = side / len(clear)
+                sheet.box(last - side + zoom * group[1].start, 134 + zoom * group[0].start,
+                          zoom * step, zoom * step, "none", RED, 0)
+                sheet.picture(clear[group], x, 604, size, BLUE)
+            continue
+        sheet.box(x, 346, width, size, PINK if gone else MIST, RED if gone else "none")
+        sheet.text(middle, 358, "_" if gone else name, color=ink, ha="center")
+        if row in words:
+            sheet.text(middle, 258, name, color=ink, ha="center")
+            sheet.arrow(middle, 272, middle, 345, color)
+        if gone:
+            sheet.box(x, 604, width, size, "white", BLUE)
+            sheet.text(middle, 616, name, color=BLUE, ha="center")
+
+    sheet.box(LEFT, 398, RIGHT - LEFT, 112)
+    sheet.text(first + 12, 444, "Decoder", weight="bold")
+    sheet.text(first + 12, 466, "language.py")
+    sheet.text(end - 12, 454, "attention.py", ha="right")
+    for x, causal, told in ((320, True, "before: a token sees\nnothing that follows it"),
+                            (716, False, "now: every token\nsees every token")):
+        for (i, j), sees in np.ndenumerate(pattern(9, causal)):
+            sheet.box(x + 9 * j, 414 + 9 * i, 8, 8, BLUE if sees else "white", radius=0)
+        sheet.text(x + 98, 454, told)
+    sheet.arrow(630, 454, 694, 454)
+    sheet.part(first, 540, last, "Patch decoder", "one layer over all tokens", "model.py")
+    sheet.part(start, 540, end, "Output head", "", "model.py")
+    left, right = "MAE: squared error of pixels", "MLM: cross entropy of words"
+    sheet.text(first, 664, left)
+    sheet.text(end, 664, right, ha="right")
+    sheet.arrow(first + width_of(left) + 14, 664, 467, 664)
+    sheet.arrow(end - width_of(right) - 14, 664, 733, 664)
+    sheet.formula(468, 664, 732, f"loss = MLM + {flags.mae_weight} MAE", "losses.py, kernels.py")
+
+
+def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
+    """Across the page: pairs of one task, their unit vectors, and who is compared with whom."""
+    flags, task = train_cl.Flags, builtin_tasks()[TASK]
+    twins = flags.hard_negatives
+    drawn = next(PairBatches({TASK: task}, processor, PAIRS, flags.max_tokens, twins, DRAW))
+    answers = [item.images[0] for item in drawn.items[PAIRS:]]  # and their twins
+    sheet.box(LEFT, 730, RIGHT - LEFT, 1, LINE, radius=0)
+    sheet.head(776, 2, "Contrastive fine-tuning", "train_cl.py",
+               "Pull each query towards its answer, and away from all other answers of the batch "
+               "and from near twins (hard negatives).")
+    x = LEFT
+    for kind in KINDS:
+        chosen, width = kind == task.kind, width_of(kind) + 28
+        sheet.box(x, 836, width, 28, BLUE if chosen else MIST, radius=14)
+        sheet.text(x + width / 2, 850, kind, color="white" if chosen else INK, ha="center")
+        x += width + 8
+    sheet.text(x + 10, 850, "three kinds of pairs; every step is of one task")
+    sheet.text(RIGHT, 850, "data.py", ha="right")
+
+    top, step, size, cell, grid = 922, 62, 56, 31, 778
+    bottom, gap = top + step * (PAIRS - 1) + size, 10
+    for x, label in ((LEFT + 20, "query"), (262, "answer"), (332, "near twins"),
+                     (grid, "answers"), (grid + cell * PAIRS + gap, "near twins of each")):
+        sheet.text(x, top - 18, label, color=SOFT)
+    for i, query in enumerate(drawn.items[:PAIRS]):
+        y, told = top + step * i, processor.tokenizer.decode(query.tokens.tolist()).split(", ")
+        sheet.text(LEFT, y + size / 2, str(i + 1), color=GREY)
+        sheet.text(grid - 18, top + cell * (i + 1.5), str(i + 1), color=GREY)
+        lines = ", ".join(told[:2]), ", ".join(told[2:])
+        sheet.text(LEFT + 20, y + size / 2, ",\n".join(lines), 10.5)
+        sheet.picture(answers[i], 262, y, size, BLUE)
+        for k in range(twins):
+            sheet.picture(answers[PAIRS + twins * i + k], 332 + step * k, y, size, RED)
+
+    x, y, radius = 664, (top + bottom) / 2, 52
+    sheet.box(482, top, 96, bottom - top)
+    sheet.text(530, y - 12, "the same\nmodel", ha="center", weight="bold")
+    sheet.text(530, y + 24, "model.py", ha="center")
+    sheet.text(x, top + 26, "mean of the\nhidden states,\nat unit length", ha="center")
+    sheet.axes.add_patch(Circle((x, y), radius, fc="none", ec=LINE, lw=1.4))
+    for angle, color in ((150, LINE), (215, LINE), (280, LINE), (-15, RED), (95, RED), (25, BLUE),
+                         (50, INK)):
+        across, down = radius * np.cos(np.radians(angle)), radius * np.sin(np.radians(angle))
+        sheet.arrow(x, y, x + across, y - down, color)
+    sheet.text(x + 40, y - 48, "query", 10.5)
+    for begin, end in ((456, 481), (578, 604), (724, 750)):
+        sheet.arrow(begin, y, end, y)
+
+    colors = {"its answer": BLUE, "its near twins": RED, "the others' answers": LINE,
+              "not compared": "white"}
+    for j, picture in enumerate(answers):
+        x = grid + cell * j + gap * (j >= PAIRS)
+        sheet.picture(picture, x + 1, top, cell - 2)
+        for i, pair in enumerate(drawn.mine.tolist()):
+            kind = ("not compared" if drawn.forbidden[i, j] else "its near twins" if j >= PAIRS
+                    else "its answer" if j == pair else "the others' answers")
+            sheet.box(x + 1, top + cell * (i + 1) + 1, cell - 2, cell - 2, colors[kind],
+                      LINE if drawn.forbidden[i, j] else "none", 3)
+    for index, (kind, color) in enumerate(colors.items()):
+        x, y = grid + 200 * (index % 2), top + 170 + 23 * (index // 2)
+        sheet.box(x + 1, y, 14, 14, color, LINE if color == "white" else "none", 3)
+        sheet.text(x + 24, y + 7, kind)
+    sheet.formula(grid, top + 248, RIGHT,
+                  f"InfoNCE = \u2212log softmax(cos / {flags.temperature})", "losses.py")
+
+
+def draw_stages() -> None:
+    """Both stages on one sheet, in 256 colours."""
+    processor, sheet, file = Processor.load(BASE, load_config(BASE)), Sheet(), io.BytesIO()
+    draw_stage_1(sheet, processor)
+    draw_stage_2(sheet, processor)
+    sheet.figure.savefig(file, dpi=150)
+    plt.close(sheet.figure)
+    Image.open(file).convert("RGB").quantize(256).save(FILE, "png", optimize=True)
+
+
+if __name__ == "__main__":
+    draw_stages()
