@@ -2,6 +2,8 @@
 root.
 
 stages.png         how the two stages work (stages.py)
+search.png         what a caption finds, with the captioner that all starts from and after both
+                   stages (notebooks/embedder)
 captions.png       what the nano base says to unseen scenes, and how often it is right
 reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt, with its losses
 retrieval.png      the one that the last `torchrun train_cl.py` wrote to runs/cl, and similarity.png
@@ -9,19 +11,22 @@ retrieval.png      the one that the last `torchrun train_cl.py` wrote to runs/cl
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import nano_moca
-from nano_moca.builtin import KNOWN, NAMES, SPLITS, random_scene
+from nano_moca.builtin import KNOWN, NAMES, SPLITS, BuiltinTask, random_scene
+from nano_moca.evaluate import rank_pairs
 from stages import draw_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,8 +69,36 @@ def draw_captions() -> None:
     figure.savefig(FIGURES / "captions.png", dpi=110)
 
 
+def draw_search(queries: tuple[int, ...] = (150,)) -> None:
+    """Captions among 600 unseen scenes: the five best, before and after; the right one framed."""
+    task = BuiltinTask("caption-to-scene", "test", 0)
+    models = {"before: a captioner,\nas it is": (ROOT / "nano_moca" / "base", "causal", "last"),
+              "after both stages": (ROOT / "notebooks" / "embedder", "bidirectional", "mean")}
+    rankings = {}
+    for name, (folder, attention, pooling) in models.items():
+        moca = nano_moca.load(folder, "cpu", None, attention, pooling)
+        rankings[name] = rank_pairs(task, lambda records: moca.embed(records).numpy())
+        print(f"{name!r}: recall@1 {rankings[name].scores()['recall@1']:.3f}")
+    figure = plt.figure(figsize=(11, 4.3 * len(queries)), layout="constrained")
+    for block, query in zip(figure.subfigures(len(queries), 1, squeeze=False)[:, 0], queries):
+        block.suptitle(f"“{task[query].query.text.removesuffix('<|im_end|>')}”", fontsize=17)
+        for row, (name, ranking) in zip(block.subplots(2, 5), rankings.items()):
+            found = ranking.similarities[query]
+            place = 1 + int((found > found[ranking.right[query]]).sum())
+            row[0].set_ylabel(f"{name}\nright one: {place} of {len(found)}", fontsize=12)
+            for axis, answer in zip(row, np.argsort(-found, kind="stable")):
+                axis.imshow(ranking.candidates[answer].images[0])
+                axis.set(xticks=[], yticks=[])
+                right = answer == ranking.right[query]
+                axis.spines[:].set(edgecolor="#1a9c3e" if right else "white", linewidth=6)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=90)
+    Image.open(picture).convert("RGB").quantize(256).save(FIGURES / "search.png", optimize=True)
+
+
 if __name__ == "__main__":
     draw_stages()
+    draw_search()
     draw_captions()
     for run, name in (("cpt", "reconstruction.png"), ("cpt", "loss.png"), ("cl", "retrieval.png"),
                       ("cl", "similarity.png")):
