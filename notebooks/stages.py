@@ -267,14 +267,14 @@ def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
                   f"InfoNCE = \u2212log softmax(cos / {flags.temperature})", "losses.py")
 
 
-def draw_stages() -> None:
+def draw_stages(path: Path = FILE) -> None:
     """Both stages on one sheet, in 256 colours."""
     processor, sheet, file = Processor.load(BASE, load_config(BASE)), Sheet(), io.BytesIO()
     draw_stage_1(sheet, processor)
     draw_stage_2(sheet, processor)
     sheet.figure.savefig(file, dpi=150)
     plt.close(sheet.figure)
-    Image.open(file).convert("RGB").quantize(256).save(FILE, "png", optimize=True)
+    Image.open(file).convert("RGB").quantize(256).save(path, "png", optimize=True)
 
 
 if __name__ == "__main__":

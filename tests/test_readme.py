@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import train_cl
 import train_cpt
@@ -88,3 +89,16 @@ def test_no_line_is_too_long() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
         assert not long, f"{path}: lines {long}"
+
+
+def test_the_drawing_is_still_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script works on the code as it is, on a sheet of the committed size."""
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import stages
+
+    stages.draw_stages(tmp_path / "stages.png")
+    with (Image.open(tmp_path / "stages.png") as drawn,
+          Image.open(ROOT / "notebooks" / "figures" / "stages.png") as committed):
+        assert drawn.size == committed.size
+        darkest, lightest = drawn.convert("L").getextrema()
+        assert darkest < 40 and lightest == 255
