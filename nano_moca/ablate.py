@@ -139,16 +139,20 @@ def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
 
 
 def ablate(flags: Flags) -> None:
-    """All arms and seeds; the table and the picture are whole after each."""
+    """All arms and seeds; the table and the picture are whole after each. Arms and seeds that an
+    earlier call with this output had are kept in both."""
     arms, output = flags.arms.split(","), Path(flags.output)
     if not {*arms} <= ARMS.keys():
         raise MocaError(f"--arms {flags.arms}: the arms are {', '.join(ARMS)}")
-    results: dict[str, dict[str, dict]] = {}
+    table, results = output / "ablations.json", {}
+    if table.exists():
+        results = json.loads(table.read_text())
     for seed in range(flags.seeds):  # every arm once before any a second time
         for number, arm in enumerate(arms, 1 + seed * len(arms)):
             print(f"run {number} of {len(arms) * flags.seeds}: {ARMS[arm].about}, seed {seed}")
             results.setdefault(arm, {})[f"seed {seed}"] = scores(arm, seed, flags)
-            write_json(output / "ablations.json", results)
+            results = {arm: results[arm] for arm in ARMS if arm in results}  # in their order
+            write_json(table, results)
             plot(output / "ablations.png", results)
     print(f"recall@1, {' and '.join(SHOWN)}: mean over seeds (least to most)")
     for arm, seeds in results.items():

@@ -70,6 +70,9 @@ def test_arms_share_stage_1_and_nothing_is_done_twice(made: list, tmp_path: Path
     assert not made
     ablate.ablate(Flags("both", 3, 5, str(tmp_path)))
     assert [what for what, _ in made] == ["stage 1", "stage 2", "test"]
+    results = json.loads((tmp_path / "ablations.json").read_text())  # nothing is forgotten
+    assert {arm: len(seeds) for arm, seeds in results.items()} == {
+        "both": 3, "no-documents": 2, "mixed": 2}
 
 
 def test_what_it_writes(made: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
