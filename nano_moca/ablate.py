@@ -72,7 +72,7 @@ class Flags:
 
 
 def small_base(output: Path) -> Path:
-    """A base of 0.4 times the parameters, made as the nano base was (10 minutes of one core)."""
+    """A base of 0.4 times the parameters, made as the nano base was (15 minutes of one core)."""
     folder = output / "base-small"
     if not (folder / "scores.json").exists():
         shape = Path(shutil.copytree(BASE, folder / "shape", dirs_exist_ok=True))
