@@ -207,6 +207,10 @@ class BuiltinTask(Sequence):
 
     Every pair has near twins as hard negatives, documents excepted. In the splits for testing, a
     scene's three twins are pairs of their own: 150 scenes make 600, each to be told from its twins.
+
+    A new task is a name in KINDS and a branch in __getitem__ that returns `_pair(query, [answer,
+    *hard negatives])` of scenes and strings. Its answers should be many: equal ones are not
+    compared, and what is tested must not be what was trained on.
     """
 
     KINDS = {"scene-to-caption": "image-text", "caption-to-scene": "image-text",

@@ -586,8 +586,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BuiltinTask, "PAGES", 12)
 
 
-BUILTIN = {"scene-to-caption", "caption-to-scene", "page-retrieval", "long-text", "text-pairs",
-           "scene-to-caption, new symbols", "caption-to-scene, new symbols"}
+BUILTIN = {*BuiltinTask.KINDS, "scene-to-caption, new symbols", "caption-to-scene, new symbols"}
 
 
 def builtin_by_loop(task: BuiltinTask, vector: Vectors) -> dict[str, float]:
