@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import tokenize
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from PIL import Image
 
 import train_cl
 import train_cpt
+from nano_moca.ablate import ARMS, SHOWN
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -102,3 +105,22 @@ def test_the_drawing_is_still_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert drawn.size == committed.size
         darkest, lightest = drawn.convert("L").getextrema()
         assert darkest < 40 and lightest == 255
+
+
+def test_the_table_of_arms_is_the_measured_one() -> None:
+    """Each mean, range and number of runs follows from ablations.json."""
+    results = json.loads((ROOT / "notebooks" / "figures" / "ablations.json").read_text())
+    arms = {arm.about: list(results[key].values()) for key, arm in ARMS.items() if key in results}
+    section = README.split("## What it is worth")[1].split("\n## ")[0]
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")]
+            for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 9
+    for about, scenes, pages, documents, runs, *_ in rows[2:]:
+        tasks = [run["tasks"] for run in arms[about]]
+        values = [mean(run[task]["recall@1"] for task in SHOWN) for run in tasks]
+        assert int(runs) == len(values)
+        ends = [min(values), max(values)] if len(values) > 1 else []
+        said = [float(number) for number in re.findall(r"[\d.]+", scenes)]
+        assert said == [float(f"{value:.2f}") for value in (mean(values), *ends)], about
+        for figure, task in ((pages, "page-retrieval"), (documents, "long-text")):
+            assert figure == f"{mean(run[task]['recall@10'] for run in tasks):.2f}", about
