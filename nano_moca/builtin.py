@@ -24,6 +24,7 @@ import importlib
 import inspect
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -158,9 +159,12 @@ def documents() -> list[tuple[str, str]]:
         "heapq itertools json logging math os os.path pathlib random re shutil statistics string "
         "subprocess tempfile textwrap threading unittest zipfile")
     for module in modules.split():
-        found = inspect.getmembers(importlib.import_module(module), callable)
-        pairs += [(f"{module}.{name}", text) for name, thing in found
-                  if not name.startswith("_") and len(text := inspect.getdoc(thing) or "") > 80]
+        for name, thing in inspect.getmembers(importlib.import_module(module), callable):
+            if name == "excepthook":
+                thing = threading.__excepthook__  # the original: pytest puts another in its place
+            text = inspect.getdoc(thing) or ""
+            if not name.startswith("_") and len(text) > 80:
+                pairs.append((f"{module}.{name}", text))
     return pairs
 
 

@@ -6,6 +6,10 @@ records depend on (seed, split, index) alone, and no caption word is split into 
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -131,7 +135,12 @@ def test_documents_are_real_and_in_a_fixed_order():
     headings = [heading for heading, _ in pairs]
     assert len(pairs) > 300 and len(set(headings)) == len(headings)
     assert all(len(body.split()) > 5 for _, body in pairs)
-    assert not any(" at 0x" in body for _, body in pairs)  # an address would differ from run to run
+    # an address would differ from run to run
+    assert not [(heading, body) for heading, body in pairs if " at 0x" in body]
+    # nor may it matter who else is here: pytest itself replaces one of the functions
+    code = "from nano_moca.builtin import documents; print(ascii(documents()))"
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(alone.stdout) == pairs
     builtin.documents.cache_clear()
     assert builtin.documents() == pairs
 
