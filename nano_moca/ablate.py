@@ -28,6 +28,7 @@ from nano_moca.builtin import train_base
 from nano_moca.config import BASE, MocaError, write_json
 from nano_moca.trainer import flag, parse_flags, run
 
+
 class Arm(NamedTuple):
     """Both stages with other flags."""
 
@@ -67,7 +68,6 @@ class Flags:
 
     arms: str = flag(",".join(ARMS), "which, by commas")
     seeds: int = flag(3, "runs of each arm: seeds 0, 1, ...", low=1)
-    steps: int = flag(300, "of stage 2", low=1)
     output: str = flag("runs/ablations", "folder for all runs, ablations.json and ablations.png")
 
 
@@ -102,8 +102,8 @@ def scores(arm: str, seed: int, flags: Flags) -> dict[str, Any]:
         model, took = stage_1 / "model", minutes(stage_1)
     stage_2 = output / f"cl-{arm}-{seed}"
     if not (stage_2 / "scores.json").exists():
-        words = ["--model", str(model), "--output", str(stage_2), "--steps", str(flags.steps)]
-        train_cl.train(parse_flags(train_cl.Flags, [*words, *common, *second.split()], ""))
+        words = ["--model", str(model), "--output", str(stage_2), *common, *second.split()]
+        train_cl.train(parse_flags(train_cl.Flags, words, ""))
     test = stage_2 / "test.json"
     if not test.exists():
         causal = ["--attention", "causal", "--pooling", "last"] if "causal" in second else []

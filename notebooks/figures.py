@@ -5,7 +5,7 @@ stages.png         how the two stages work (stages.py)
 search.png         what a caption finds, with the captioner that all starts from and after both
                    stages (notebooks/embedder)
 captions.png       what the nano base says to unseen scenes, and how often it is right
-reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt, with its losses
+reconstruction.png the one that the last `torchrun train_cpt.py` wrote to runs/cpt
 retrieval.png      the one that the last `torchrun train_cl.py` wrote to runs/cl, and similarity.png
 """
 
@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import nano_moca
-from nano_moca.builtin import KNOWN, NAMES, SPLITS, BuiltinTask, random_scene
+from nano_moca.builtin import END, KNOWN, NAMES, SPLITS, BuiltinTask, random_scene
 from nano_moca.evaluate import rank_pairs
 from stages import draw_stages
 
@@ -69,28 +69,24 @@ def draw_captions() -> None:
     figure.savefig(FIGURES / "captions.png", dpi=110)
 
 
-def draw_search(queries: tuple[int, ...] = (150,)) -> None:
-    """Captions among 600 unseen scenes: the five best, before and after; the right one framed."""
+def draw_search(query: int = 150) -> None:
+    """A caption among 600 unseen scenes: the five best, before and after; the right one framed."""
     task = BuiltinTask("caption-to-scene", "test", 0)
     models = {"before: a captioner,\nas it is": (ROOT / "nano_moca" / "base", "causal", "last"),
               "after both stages": (ROOT / "notebooks" / "embedder", "bidirectional", "mean")}
-    rankings = {}
-    for name, (folder, attention, pooling) in models.items():
+    figure, axes = plt.subplots(2, 5, figsize=(11, 4.3), layout="constrained")
+    figure.suptitle(f"“{task[query].query.text.removesuffix(END)}”", fontsize=17)
+    for row, (name, (folder, attention, pooling)) in zip(axes, models.items()):
         moca = nano_moca.load(folder, "cpu", None, attention, pooling)
-        rankings[name] = rank_pairs(task, lambda records: moca.embed(records).numpy())
-        print(f"{name!r}: recall@1 {rankings[name].scores()['recall@1']:.3f}")
-    figure = plt.figure(figsize=(11, 4.3 * len(queries)), layout="constrained")
-    for block, query in zip(figure.subfigures(len(queries), 1, squeeze=False)[:, 0], queries):
-        block.suptitle(f"“{task[query].query.text.removesuffix('<|im_end|>')}”", fontsize=17)
-        for row, (name, ranking) in zip(block.subplots(2, 5), rankings.items()):
-            found = ranking.similarities[query]
-            place = 1 + int((found > found[ranking.right[query]]).sum())
-            row[0].set_ylabel(f"{name}\nright one: {place} of {len(found)}", fontsize=12)
-            for axis, answer in zip(row, np.argsort(-found, kind="stable")):
-                axis.imshow(ranking.candidates[answer].images[0])
-                axis.set(xticks=[], yticks=[])
-                right = answer == ranking.right[query]
-                axis.spines[:].set(edgecolor="#1a9c3e" if right else "white", linewidth=6)
+        ranking = rank_pairs(task, lambda records: moca.embed(records).numpy())
+        print(f"{name!r}: recall@1 {ranking.scores()['recall@1']:.3f}")
+        place, of = ranking.ranks()[query], len(ranking.candidates)
+        row[0].set_ylabel(f"{name}\nright one: {place} of {of}", fontsize=12)
+        for axis, answer in zip(row, np.argsort(-ranking.similarities[query], kind="stable")):
+            axis.imshow(ranking.candidates[answer].images[0])
+            axis.set(xticks=[], yticks=[])
+            right = answer == ranking.right[query]
+            axis.spines[:].set(edgecolor="#1a9c3e" if right else "white", linewidth=6)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=90)
     Image.open(picture).convert("RGB").quantize(256).save(FIGURES / "search.png", optimize=True)
@@ -100,6 +96,6 @@ if __name__ == "__main__":
     draw_stages()
     draw_search()
     draw_captions()
-    for run, name in (("cpt", "reconstruction.png"), ("cpt", "loss.png"), ("cl", "retrieval.png"),
+    for run, name in (("cpt", "reconstruction.png"), ("cl", "retrieval.png"),
                       ("cl", "similarity.png")):
         shutil.copy(ROOT / "runs" / run / name, FIGURES / name)

@@ -40,10 +40,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
 
 def test_an_arm_is_both_stages_with_its_flags(made: list, tmp_path: Path) -> None:
     """Stage 1 by its flags, stage 2 from its model, the test as the model was trained."""
-    ablate.ablate(Flags("control-causal", 1, 5, str(tmp_path)))
+    ablate.ablate(Flags("control-causal", 1, str(tmp_path)))
     (_, first), (_, second), (_, words) = made
     assert first.objective == "next-token" and first.seed == second.seed == 0
-    assert second.attention == "causal" and second.steps == 5
+    assert second.attention == "causal" and second.steps == train_cl.Flags.steps
     assert second.model == str(Path(first.output) / "model")
     assert words[:3] == ["builtin", "--model", str(Path(second.output) / "model")]
     assert words[-4:] == ["--attention", "causal", "--pooling", "last"]
@@ -51,7 +51,7 @@ def test_an_arm_is_both_stages_with_its_flags(made: list, tmp_path: Path) -> Non
 
 def test_without_stage_1(made: list, tmp_path: Path) -> None:
     """It starts from the nano base."""
-    ablate.ablate(Flags("none", 1, 5, str(tmp_path)))
+    ablate.ablate(Flags("none", 1, str(tmp_path)))
     assert [what for what, _ in made] == ["stage 2", "test"]
     assert made[0][1].model.endswith("base")
 
@@ -59,7 +59,7 @@ def test_without_stage_1(made: list, tmp_path: Path) -> None:
 def test_arms_share_stage_1_and_nothing_is_done_twice(made: list, tmp_path: Path) -> None:
     """Three arms with the same stage 1, two seeds: two runs of it. A second call makes none, and a
     third seed makes only its own."""
-    flags = Flags("both,no-documents,mixed", 2, 5, str(tmp_path))
+    flags = Flags("both,no-documents,mixed", 2, str(tmp_path))
     ablate.ablate(flags)
     assert [what for what, _ in made].count("stage 1") == 2
     assert [what for what, _ in made].count("stage 2") == 6
@@ -68,7 +68,7 @@ def test_arms_share_stage_1_and_nothing_is_done_twice(made: list, tmp_path: Path
     made.clear()
     ablate.ablate(flags)
     assert not made
-    ablate.ablate(Flags("both", 3, 5, str(tmp_path)))
+    ablate.ablate(Flags("both", 3, str(tmp_path)))
     assert [what for what, _ in made] == ["stage 1", "stage 2", "test"]
     results = json.loads((tmp_path / "ablations.json").read_text())  # nothing is forgotten
     assert {arm: len(seeds) for arm, seeds in results.items()} == {
@@ -77,7 +77,7 @@ def test_arms_share_stage_1_and_nothing_is_done_twice(made: list, tmp_path: Path
 
 def test_what_it_writes(made: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """All scores by arm and seed, a picture, and a line an arm."""
-    ablate.ablate(Flags("both,none", 2, 5, str(tmp_path)))
+    ablate.ablate(Flags("both,none", 2, str(tmp_path)))
     results = json.loads((tmp_path / "ablations.json").read_text())
     assert {arm: [*seeds] for arm, seeds in results.items()} == {
         "both": ["seed 0", "seed 1"], "none": ["seed 0", "seed 1"]}
@@ -93,14 +93,14 @@ def test_what_it_writes(made: list, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_names_flags_that_exist(made: list, tmp_path: Path, arm: str) -> None:
     """Each parses, and no two arms are the same."""
-    ablate.ablate(Flags(arm, 1, 5, str(tmp_path)))
+    ablate.ablate(Flags(arm, 1, str(tmp_path)))
     assert made[-1][0] == "test"
     assert len({arm[1:] for arm in ARMS.values()}) == len(ARMS)
 
 
 def test_a_smaller_base_is_made_once(made: list, tmp_path: Path) -> None:
     """By stage 1's script, causally, of a smaller shape; its arms begin with it."""
-    ablate.ablate(Flags("small,small-none", 2, 5, str(tmp_path)))
+    ablate.ablate(Flags("small,small-none", 2, str(tmp_path)))
     stages_1 = [run for what, run in made if what == "stage 1"]
     assert [run.objective for run in stages_1] == ["next-token", "restore", "restore"]
     small = load_config(stages_1[0].model)
@@ -112,4 +112,4 @@ def test_a_smaller_base_is_made_once(made: list, tmp_path: Path) -> None:
 def test_an_unknown_arm(tmp_path: Path) -> None:
     """One line that names the arms."""
     with pytest.raises(MocaError, match="the arms are both"):
-        ablate.ablate(Flags("bot", 1, 5, str(tmp_path)))
+        ablate.ablate(Flags("bot", 1, str(tmp_path)))
