@@ -98,6 +98,7 @@ def train(flags: Flags) -> None:
                           skipped, unusable or ())
     causal = flags.attention == "causal"
     pooling = flags.pooling or ("last" if causal else "mean")
+    model.config.raw["nano_moca"] = {"attention": flags.attention, "pooling": pooling}  # is saved
     about = (f"{flags.batch} pairs ({batches.steps} steps an epoch: {batches.counts}), "
              f"{flags.attention} attention, {pooling} pooling")
     optimizer, log, done = begin(flags, world, model, batches, about)

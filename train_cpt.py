@@ -94,7 +94,9 @@ def train(flags: Flags) -> None:
         load_records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
         flags.seed, world.rank, world.size, flags.accumulate, skip_list(flags, world))
     causal = flags.attention == "causal" or flags.objective == "next-token"
-    about = f"{flags.batch_tokens:,} tokens, {'causal' if causal else 'bidirectional'} attention"
+    attention = "causal" if causal else "bidirectional"
+    model.vlm.config.raw["nano_moca"] = {"attention": attention}  # saved with the model
+    about = f"{flags.batch_tokens:,} tokens, {attention} attention"
     optimizer, log, done = begin(flags, world, model, batches, about)
 
     def draw() -> tuple[Draw, list[Corruption]]:

@@ -54,8 +54,7 @@ class Moca:
         for part in np.unique(ends):
             items = [item for item, end in zip(encoded, ends, strict=True) if end == part]
             batch = self.processor.pack(items).to(self.model.head.device)
-            causal = self.attention == "causal"
-            vectors.append(self.model.embed(batch, causal, self.pooling).cpu())
+            vectors.append(self.model.embed(batch, self.attention == "causal", self.pooling).cpu())
         return torch.cat(vectors)
 
     def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
@@ -72,30 +71,35 @@ def as_records(items: Sequence[str | dict | Record]) -> list[Record]:
     """Texts, {"text", "images"} objects and records, as records."""
     if isinstance(items, (str, dict, Record)):
         raise MocaError("one item alone: give a list of items, [item]")
-    fields = [{"text": item} if isinstance(item, str) else item for item in items]
-    return [item if isinstance(item, Record) else make_record(item, None, f"item {number}")
-            for number, item in enumerate(fields)]
+    return [item if isinstance(item, Record) else
+            make_record({"text": item} if isinstance(item, str) else item, None, f"item {number}")
+            for number, item in enumerate(items)]
 
 
 def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
-         dtype: torch.dtype | None = None, attention: str = "bidirectional", pooling: str = "mean",
-         min_pixels: int | None = None, max_pixels: int | None = None) -> Moca:
+         dtype: torch.dtype | None = None, attention: str | None = None,
+         pooling: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
+         ) -> Moca:
     """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
 
     device: default CUDA if there is one. dtype: default float32 on CPU, the checkpoint's own on
-    CUDA. attention: "bidirectional" or "causal"; pooling: "mean" or "last". The pixel limits of
-    images are the checkpoint's unless given. MocaError says what is wrong with the files.
+    CUDA. attention: "bidirectional" or "causal", pooling: "mean" or "last"; default: what the model
+    was trained with (our scripts write it into config.json), else bidirectional, and the mean, or
+    if causal the last token. The pixel limits of images are the checkpoint's unless given.
+    MocaError says what is wrong with the files.
     """
-    if attention not in ("bidirectional", "causal") or pooling not in ("mean", "last"):
-        raise MocaError(f"attention is {attention!r} and pooling {pooling!r}: "
-                        "use bidirectional or causal, mean or last")
     folder = find_checkpoint(path_or_hub_id)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MocaError(f"no CUDA device is visible for {device}: use cpu")
     config = load_config(folder)
+    trained = config.raw.get("nano_moca", {})
+    attention = attention or trained.get("attention", "bidirectional")
+    pooling = pooling or trained.get("pooling") or ("last" if attention == "causal" else "mean")
+    if attention not in ("bidirectional", "causal") or pooling not in ("mean", "last"):
+        raise MocaError(f"attention is {attention!r} and pooling {pooling!r}: "
+                        "use bidirectional or causal, mean or last")
     processor = Processor.load(folder, config, min_pixels, max_pixels)
     dtype = dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32)
-    model = build(folder, config, device, dtype)
-    return Moca(model.eval(), processor, attention, pooling)
+    return Moca(build(folder, config, device, dtype).eval(), processor, attention, pooling)
 

@@ -106,9 +106,7 @@ def scores(arm: str, seed: int, flags: Flags) -> dict[str, Any]:
         train_cl.train(parse_flags(train_cl.Flags, words, ""))
     test = stage_2 / "test.json"
     if not test.exists():
-        causal = ["--attention", "causal", "--pooling", "last"] if "causal" in second else []
-        words = ["builtin", "--model", str(stage_2 / "model"), "--output", str(test), *causal]
-        evaluate.main(words)
+        evaluate.main(["builtin", "--model", str(stage_2 / "model"), "--output", str(test)])
     took += minutes(stage_2)
     return {"minutes": round(took, 1), "tasks": json.loads(test.read_text())["tasks"]}
 

@@ -139,6 +139,7 @@ def parse_config(raw: dict, where: str = "config.json") -> Config:
                 {text.get("torch_dtype"), text.get("dtype")}
                 - {None, "float32", "bfloat16", "float16"}),
             "the vision tower must put out the decoder's width": vision.out_width - config.width,
+            "nano_moca must be an object": not isinstance(raw.get("nano_moca", {}), dict),
         }
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise MocaError(f"{where}: missing or malformed: {error}: copy it again") from None

@@ -392,9 +392,8 @@ class PairBatches(Batches):
         have, take = len(pair.negatives), min(self.hard_negatives, len(pair.negatives))
         chosen = [pair.negatives[(turn * take + i) % have] for i in range(take)]
         # all ranks have to skip the same pairs, so then each decodes all images
-        decode = self.skipped is not None
         return replace(pair, negatives=chosen), [
-            self.processor.encode(record, self.max_tokens, decode)
+            self.processor.encode(record, self.max_tokens, self.skipped is not None)
             for record in (pair.query, pair.positive, *chosen)]
 
 

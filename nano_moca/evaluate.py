@@ -45,7 +45,6 @@ from nano_moca.processor import open_image
 from nano_moca.trainer import Parser, run
 from nano_moca.weights import find_checkpoint
 
-ATTENTIONS = ("bidirectional", "causal")
 AT_ONCE = 64  # items between two ticks of the bar; `Moca.embed` packs them up to its token budget
 K = 5  # of nDCG@5
 # MMEB's 36 tasks by kind: in distribution (trained on by those who train on MMEB) | out of it
@@ -203,7 +202,7 @@ def make_embedder(args: argparse.Namespace) -> Embed:
                    for place in (folder, Path(__file__).parent) for file in place.iterdir()
                    if file.suffix in (".json", ".safetensors", ".py"))  # this code is part of it
     dtype, pixels = moca.model.head.dtype, (moca.processor.min_pixels, moca.processor.max_pixels)
-    identity = repr((str(folder.resolve()), files, args.attention, args.pooling, dtype, pixels))
+    identity = repr((str(folder.resolve()), files, moca.attention, moca.pooling, dtype, pixels))
     kept = Path(args.output + ".vectors") if args.command != "embed" else None
     return lambda records: embed_records(moca, records, kept, identity)
 
@@ -371,9 +370,10 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(name, allow_abbrev=False, help=about)
         command.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
         command.add_argument("--output", required=True, help="the file to write")
-        command.add_argument("--attention", choices=ATTENTIONS, default=ATTENTIONS[0])
-        command.add_argument("--pooling", choices=("mean", "last"), help="default: mean; last if "
-                             "causal, as train_cl.py has it")
+        command.add_argument("--attention", choices=("bidirectional", "causal"),
+                             help="default: as the model was trained; bidirectional if unknown")
+        command.add_argument("--pooling", choices=("mean", "last"),
+                             help="default: as the model was trained; else mean, or last if causal")
         command.add_argument("--dtype", choices=("float32", "bfloat16"),
                              help="default: float32 on cpu, the checkpoint's own on cuda")
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if any")
@@ -389,7 +389,6 @@ def main(argv: list[str] | None = None) -> None:
     commands.choices["vidore"].add_argument("--prompt", help="put beside each page",
                                             default="Represent the given document image.")
     args = parser.parse_args(argv)
-    args.pooling = args.pooling or ("last" if args.attention == "causal" else "mean")
     for limit in (args.min_pixels, args.max_pixels):
         if limit is not None and limit < 1:
             parser.error(f"{limit} pixels are too few for an image")

@@ -29,10 +29,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor, segments: Segments, causal: bool) -> Tensor:
         """x [T, D], angles [T, d/2] float32 (d: width of a head) -> [T, D]."""
-        query, key, value = (
-            proj(x).unflatten(-1, (-1, self.head_width))  # [T, H or K, d]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (proj(x).unflatten(-1, (-1, self.head_width))  # [T, H or K, d]
+                             for proj in (self.q_proj, self.k_proj, self.v_proj))
         out = attend(rotate(query, angles), rotate(key, angles), value, segments, causal)
         return self.o_proj(out.flatten(1))  # [T, H, d] -> [T, D]
 

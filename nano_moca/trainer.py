@@ -82,13 +82,10 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     names = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     for field in dataclasses.fields(kind):
+        value = (dict(action="store_true") if field.type is bool else
+                 dict(type=field.type, choices=field.metadata["choices"]))
         about = dict(default=field.default, help=field.metadata["help"])
-        if isinstance(field.default, bool):
-            about["action"] = "store_true"
-        else:
-            about["type"] = field.type
-            about["choices"] = field.metadata["choices"]
-        parser.add_argument(names[field.name], **about)
+        parser.add_argument(names[field.name], **about, **value)
     flags = parser.parse_args(argv)
     for field in dataclasses.fields(kind):
         value, low, high = getattr(flags, field.name), field.metadata["low"], field.metadata["high"]

@@ -24,7 +24,7 @@ import train_cl
 from launching import (
     SMALL, assert_equal_run, assert_same_run, read_log, torchrun, wait_for, words, write_data,
 )
-from nano_moca import MARK, MocaError
+from nano_moca import MARK, MocaError, evaluate
 
 SCRIPT = train_cl
 STEPS = 6
@@ -250,6 +250,27 @@ def test_causal_attention_pools_the_last_token(ablated: Callable, plain: Path) -
         ("--attention", "causal", "--pooling", "mean"), ("--pooling", "last"))]
     assert first[0] == first[1]
     assert len({*first, read_log(plain)[0]["loss"]}) == 4
+
+
+def test_a_model_says_how_it_was_trained(ablated: Callable, plain: Path, golden: Path,
+                                         tmp_path: Path) -> None:
+    """`load` and `evaluate` take attention and pooling from the model, unless told otherwise."""
+    ablated("--steps", "1", "--attention", "causal")
+    causal, both = tmp_path / "run" / "model", plain / "model"
+    for folder, asked, expected in (
+            (causal, (), ("causal", "last")), (both, (), ("bidirectional", "mean")),
+            (causal, ("bidirectional", "mean"), ("bidirectional", "mean")),
+            (both, ("causal", "last"), ("causal", "last")),
+            (golden / "qwen2.5-vl", (), ("bidirectional", "mean")),  # says nothing
+            (golden / "qwen2.5-vl", ("causal",), ("causal", "last"))):
+        moca = nano_moca.load(folder, "cpu", None, *asked)
+        assert (moca.attention, moca.pooling) == expected
+    items, output = tmp_path / "items.jsonl", tmp_path / "vectors.npy"
+    items.write_text(json.dumps({"text": "noise number 1"}))
+    evaluate.main(["embed", "--model", str(causal), "--input", str(items), "--device", "cpu",
+                   "--output", str(output)])
+    as_trained = nano_moca.load(causal, "cpu", None, "causal", "last").embed(["noise number 1"])
+    assert np.abs(np.load(output) - as_trained.numpy()).max() < 1e-6
 
 
 # --- bad input ----------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ def test_shards_that_do_not_fit(moca: Moca, tmp_path: Path, monkeypatch) -> None
     (lambda raw: raw["vision_config"].update(window_size=50), "window"),
     (lambda raw: raw["vision_config"].update(out_hidden_size=32), "width"),
     (lambda raw: raw["vision_config"].pop("fullatt_block_indexes"), "fullatt_block_indexes"),
+    (lambda raw: raw.update(nano_moca="causal"), "nano_moca"),
     (lambda raw: [raw.clear(), raw.update(model_type="llama")], "model_type"),
     (lambda raw: raw.update(text_config="none"), "malformed"),
     (lambda raw: raw["text_config"].update(hidden_size="64"), "malformed"),
