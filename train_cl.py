@@ -1,11 +1,12 @@
 """Stage 2 of MoCa: heterogeneous contrastive fine-tuning. `torchrun train_cl.py`, or with python.
 
-The bidirectional model becomes an embedder: a query and what it should find are pulled together,
-away from all else in the batch and from near misses,
+The bidirectional model becomes an embedder: a query q is pulled towards its positive p, and away
+from the other positives of the batch and from its own hard negatives (near misses),
 
-    loss = -log exp(cos(q, p) / t) / sum over candidates c of exp(cos(q, c) / t)   (section 3.2)
+    loss = -log(exp(cos(q, p) / t) / sum over c of exp(cos(q, c) / t))   (section 3.2)
 
-over three kinds of pairs (long documents, image and text, text only), each step of one task.
+where c runs over p and all of these. There are three kinds of pairs (long documents, image and
+text, text only), and each step takes a single task.
 Without flags it goes on from stage 1's output, or from the nano base if there is none.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano_moca import Moca  # before torch: see there
+from nano_moca import Moca  # before torch, because it sets OMP_WAIT_POLICY
 from nano_moca.config import BASE, MocaError, write_json
 from nano_moca.data import KINDS, Pair, PairBatches, load_tasks
 from nano_moca.evaluate import plot_retrieval, plot_similarity, rank_pairs
@@ -35,23 +36,23 @@ REPORT_PAIRS = 200  # of each task, for the report at the end
 class Flags(CommonFlags):
     """Stage 2's own flags, and other defaults for some that both scripts have."""
 
-    model: str = flag(str(STAGE_1 if STAGE_1.is_dir() else BASE), "a folder or a hub id; the "
-                      "default is stage 1's output, or the nano base if there is none")
+    model: str = flag(str(STAGE_1 if STAGE_1.is_dir() else BASE), "a folder or a hub id: "
+                      "stage 1's output, or the nano base if there is none")
     data: str = flag("builtin", ".jsonl or .parquet file of pairs, or a folder of them")
     output: str = flag("runs/cl", "folder for log, checkpoint, model and pictures")
     steps: int = flag(300, "optimiser steps", low=1)
-    learning_rate: float = flag(1e-3, "at its peak; 2e-5 for 3B and 7B", low=0, high=1)
-    warmup: float = flag(0.05, "share of the steps in which it rises", low=0, high=1)
-    batch: int = flag(64, "pairs a step over all ranks", low=2)
+    learning_rate: float = flag(1e-3, "peak value; 2e-5 for 3B and 7B", low=0, high=1)
+    warmup: float = flag(0.05, "share of the steps in which the learning rate rises", low=0, high=1)
+    batch: int = flag(64, "pairs per step over all ranks", low=2)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
-    chunk: int = flag(0, "records embedded at once, by the gradient cache; 0: all", low=0)
-    hard_negatives: int = flag(2, "of each query, at most", low=0)
+    chunk: int = flag(0, "records embedded at once (gradient cache); 0: all", low=0)
+    hard_negatives: int = flag(2, "at most this many per query", low=0)
     temperature: float = flag(0.03, "what cosines are divided by", low=1e-4, high=10)
     pooling: str = flag(None, "default: mean; last if causal", choices=("mean", "last"))
-    task_batches: str = flag("on", "one task a step, or off: tasks mixed", choices=("on", "off"))
-    alpha: float = flag(1.0, "a task's share of the steps is its size to this", low=0, high=10)
+    task_batches: str = flag("on", "on: one task per step; off: mixed", choices=("on", "off"))
+    alpha: float = flag(1.0, "a task's share of steps goes with size ** alpha", low=0, high=10)
     without: str = flag(None, "a kind of pairs to leave out", choices=KINDS)
-    held_out: str = flag(None, "pairs for the report (default: --data, or the embedded ones)")
+    held_out: str = flag(None, "pairs for the report (default: --data, or built-in ones)")
 
 
 def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequence[Pair]]:
@@ -75,7 +76,7 @@ def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
         if world.main:
             plot_retrieval(output / "retrieval.png", rankings)
             plot_similarity(output / "similarity.png", rankings)
-    except MocaError as error:  # the model is saved: a pair that is only reported spoils no run
+    except MocaError as error:  # the model is saved already: a bad pair only costs the report
         if world.main:
             print(f"no report on {held_out}: {error}", flush=True)
     if world.main:

@@ -1,11 +1,12 @@
 """Stage 1 of MoCa: modality-aware continual pre-training. `torchrun train_cpt.py`, or with python.
 
-A causal vision-language model is made bidirectional and learns to restore hidden words and patches:
+A causal vision-language model is made bidirectional and learns to reconstruct masked tokens (masked
+language modelling, MLM) and masked image patches (masked autoencoding, MAE):
 
-    loss = MLM + mae_weight * MAE     (section 3.1; best at 0.5 in the paper, 0.1 in its script)
+    loss = MLM + mae_weight * MAE     (section 3.1; 0.5 is best in the paper, its script has 0.1)
 
-Without flags it starts from the nano base in this repository and the embedded data, and takes
-minutes on a laptop. `--objective next-token` is the control: the same data under the causal loss.
+Without flags it starts from the nano base and the built-in data, and takes minutes on a laptop.
+`--objective next-token` is the control: the same data under the causal next-token loss.
 """
 
 import os
@@ -33,17 +34,17 @@ REPORT_TOKENS = 8192  # of unseen records, for the report at the end
 class Flags(CommonFlags):
     """Stage 1's own flags, beside those that both scripts have. The README has recipes for 3B."""
 
-    batch_tokens: int = flag(1000, "tokens a step over all ranks", low=1)
+    batch_tokens: int = flag(1000, "tokens per step over all ranks", low=1)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
-    accumulate: int = flag(1, "micro-batches a step on each rank", low=1)
-    objective: str = flag("restore", "what is learned", choices=("restore", "next-token"))
-    text_mask: float = flag(0.4, "share of text tokens hidden; 0 turns MLM off", low=0, high=1)
-    image_mask: float = flag(0.5, "share of patch groups hidden; 0 turns MAE off", low=0, high=1)
+    accumulate: int = flag(1, "micro-batches per step on each rank", low=1)
+    objective: str = flag("restore", "training objective", choices=("restore", "next-token"))
+    text_mask: float = flag(0.4, "share of text tokens masked; 0 turns MLM off", low=0, high=1)
+    image_mask: float = flag(0.5, "share of patch groups masked; 0 turns MAE off", low=0, high=1)
     mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0)
 
 
-def exercises(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption]:
-    """One corrupted micro-batch a part of the draw; seed and record decide what is hidden."""
+def micro_batches(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption]:
+    """One corrupted micro-batch per part of the draw; seed and record decide what is masked."""
     batches = [processor.pack([item for _, item in part]) for part in draw.parts]
     if flags.objective == "next-token":
         return [next_token(batch, processor) for batch in batches]
@@ -59,7 +60,7 @@ def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
     parts = {"first": lines[:tenth], "last": lines[-tenth:]}
     scores = {f"{name}, {when} tenth": sum(line[name] for line in part) / tenth
               for name in ("mlm_loss", "mae_loss") for when, part in parts.items()}
-    # every rank looks at the same records; what cannot be used among them nobody missed
+    # every rank draws the same records; unusable ones are not listed, since no step used them
     batches.skipped = batches.skipped and Path(os.devnull)
     batches.rank, batches.world, batches.accumulate, batches.budget = 0, 1, 1, REPORT_TOKENS
     try:
@@ -70,7 +71,7 @@ def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
             if shown:
                 path = output / "reconstruction.png"
                 plot_restorations(path, model, processor, shown, flags, world, causal)
-    except MocaError as error:  # the model is saved: a record nobody learned from spoils no run
+    except MocaError as error:  # the model is saved already: a bad record only costs the report
         print(f"no report on unseen records: {error}", flush=True)
     if world.main:
         plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
@@ -101,7 +102,7 @@ def train(flags: Flags) -> None:
 
     def draw() -> tuple[Draw, list[Corruption]]:
         drawn = next(batches)
-        return drawn, exercises(drawn, processor, flags)
+        return drawn, micro_batches(drawn, processor, flags)
 
     loader, seen = prefetch(draw), batches.state
     for step in range(done + 1, flags.steps + 1):

@@ -5,7 +5,8 @@
     vectors = moca.embed(["a cat", {"text": nano_moca.MARK + "a photo", "images": [image]}])
 
 Reading order: config, attention, vision, language, model, weights, processor, masking, kernels,
-losses, data, trainer, report, and then the training loops in train_cpt.py and train_cl.py.
+losses, data, trainer, report, this file, and then the training loops in train_cpt.py and
+train_cl.py (which ranks its held-out pairs by evaluate.py).
 """
 
 import os
@@ -45,8 +46,8 @@ class Moca:
         """Unit vectors [N, D], float32 on the CPU, in the items' order.
 
         An item is a text, or {"text": ..., "images": [paths, bytes or PIL images]} with one mark
-        `<|vision_start|><|image_pad|><|vision_end|>` an image. MocaError names an item that cannot
-        be used.
+        `<|vision_start|><|image_pad|><|vision_end|>` in the text per image. MocaError names an item
+        that cannot be used.
         """
         encoded = [self.processor.encode(record, self.max_tokens) for record in as_records(items)]
         ends = np.cumsum([len(item.tokens) for item in encoded]) // TOKENS_AT_ONCE

@@ -1,15 +1,15 @@
-"""What each part of MoCa is worth in miniature: the paper's ablations on the embedded default.
+"""What each part of MoCa is worth in miniature: the paper's ablations on the built-in data.
 
     python -m nano_moca.ablate [--arms both,none] [--seeds 3] [--output runs/ablations]
 
 Each arm is both stages with other flags, over some seeds; all are judged on the same unseen scenes
-(`nano_moca.evaluate builtin`). A run of both stages takes about 15 minutes of one core. What is
-done is not done again, and what was interrupted goes on where it stopped. Writes ablations.json
+(`nano_moca.evaluate builtin`). A run of both stages takes about 15 minutes on one core. Finished
+runs are skipped, interrupted ones resume. Writes ablations.json
 (by arm and seed: minutes of training, and all scores) and ablations.png into --output. Notebook 6
 reads them beside the paper's own table.
 
-Two arms that the paper lacks tell the worth of restoring from the worth of more data: stage 1's
-records and steps under the causal next-token loss, fine-tuned as the others are, or staying causal.
+Two arms that the paper lacks separate the effect of reconstruction from that of more data: stage
+1's records and steps under the next-token loss, then fine-tuned bidirectionally, or left causal.
 """
 
 import json
@@ -40,16 +40,16 @@ class Arm(NamedTuple):
 
 ARMS = {
     "both": Arm("both stages"),
-    "mlm": Arm("words only are restored", "--image-mask 0"),
-    "mae": Arm("patches only are restored", "--text-mask 0"),
+    "mlm": Arm("MLM only", "--image-mask 0"),
+    "mae": Arm("MAE only", "--text-mask 0"),
     "none": Arm("no stage 1, bidirectional", None),
     "causal": Arm("no stage 1, causal", None, "--attention causal"),
-    "control": Arm("stage 1 by the causal loss", "--objective next-token"),
-    "control-causal": Arm("the same, staying causal", "--objective next-token",
+    "control": Arm("stage 1 with next-token loss", "--objective next-token"),
+    "control-causal": Arm("the same, left causal", "--objective next-token",
                           "--attention causal"),
     "no-documents": Arm("no long documents", "", "--without long-document"),
     "no-text-pairs": Arm("no text-only pairs", "", "--without text-only"),
-    "mixed": Arm("batches of mixed tasks", "", "--task-batches off"),
+    "mixed": Arm("mixed-task batches", "", "--task-batches off"),
     "quarter": Arm("a quarter of stage 1's steps", "--steps 250"),
     "half": Arm("half of stage 1's steps", "--steps 500"),
     "double": Arm("twice stage 1's steps", "--steps 2000"),
@@ -66,13 +66,13 @@ SHOWN = ("scene-to-caption", "caption-to-scene")
 class Flags:
     """Which arms, and how often."""
 
-    arms: str = flag(",".join(ARMS), "which, by commas")
+    arms: str = flag(",".join(ARMS), "comma-separated arms")
     seeds: int = flag(3, "runs of each arm: seeds 0, 1, ...", low=1)
     output: str = flag("runs/ablations", "folder for all runs, ablations.json and ablations.png")
 
 
 def small_base(output: Path) -> Path:
-    """A base of 0.4 times the parameters, made as the nano base was (15 minutes of one core)."""
+    """A base of 0.4 times the parameters, made as the nano base was (15 minutes on one core)."""
     folder = output / "base-small"
     if not (folder / "scores.json").exists():
         shape = Path(shutil.copytree(BASE, folder / "shape", dirs_exist_ok=True))
@@ -117,8 +117,8 @@ def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
 
 
 def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
-    """A row an arm: the mean of recall@1 over seeds as a bar, from least to most as an error bar,
-    each seed as a dot; both ways."""
+    """One row per arm: the mean of recall@1 over seeds as a bar, minimum to maximum as an error
+    bar, each seed as a dot; both ways."""
     from matplotlib.figure import Figure
 
     figure = Figure((11, 1 + 0.42 * len(results)), layout="constrained")

@@ -1,10 +1,10 @@
 """Attention over packed sequences, causal or bidirectional, written by hand; and rotary embedding.
 
 Sequences of different lengths lie end to end along one axis of T tokens, with no padding;
-`Segments` says where each begins. Attention never crosses a border: this is what makes "packing
-changes nothing" true. The pattern inside a sequence is the `causal` argument, and it has no
-default: turning a causal decoder into a bidirectional encoder (MoCa, section 3.1) is this one
-boolean.
+`Segments` says where each begins. Attention never crosses a border, so a record gets the same
+result whatever it is packed with. The pattern inside a sequence is the `causal` argument, and it
+has no default: turning a causal decoder into a bidirectional encoder (MoCa, section 3.1) is this
+one boolean.
 
 Three paths compute the same function:
 
@@ -32,8 +32,7 @@ except ImportError:  # an older torch: the grouped path serves CUDA too
 
 @dataclass
 class Segments:
-    """Where the N sequences of a packed axis lie: sequence n is rows offsets[n] to offsets[n +
-    1]."""
+    """Where the N sequences of a packed axis lie: n is rows offsets[n] to offsets[n + 1]."""
 
     lengths: tuple[int, ...]  # N, on the host: looping over them costs no GPU synchronisation
     device: torch.device
@@ -83,7 +82,7 @@ def reference_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seg
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
                       causal: bool) -> Tensor:
-    """Sequences of one length become an ordinary batch, one fused call a length. Shapes as in
+    """Sequences of one length become an ordinary batch: one fused call per length. Shapes as in
     `attend`."""
     outputs, grouped = [], query.shape[1] != key.shape[1]
     for length, rows in segments.groups:

@@ -5,7 +5,7 @@
 
 One model (if none is named, the nano base made wider, with random weights, about in the proportions
 of Qwen2.5-VL-3B), one process, the same batches, causal in both (as transformers computes it), the
-two taking turns. Three mixes of the embedded default's records: as they come; sorted by length
+two taking turns. Three mixes of the built-in records: as they come; sorted by length
 before they are cut into batches, the best that padding can do for itself; and all of one length, so
 that nothing is padded. Only real tokens count. Before anything is timed the two have to compute the
 same hidden states. The last line says where our time goes.
@@ -72,7 +72,7 @@ def make_mixes(processor: Processor, flags: Flags) -> dict[str, list[Batch]]:
 
 
 def run_padded(theirs: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states [T, D] by transformers, fed as usual: a row a record, padded to the longest."""
+    """Hidden states [T, D] by transformers, fed as usual: one row per record, padded."""
     tokens, positions, mask = (
         pad_sequence(x.split(batch.lengths), batch_first=True)  # [N, longest, ...]
         for x in (batch.tokens, batch.positions.T, torch.ones_like(batch.tokens)))

@@ -1,13 +1,13 @@
-"""The embedded default: data made of parts that are already here, and the nano base model.
+"""The built-in data and tasks, made of parts that are already here, and the nano base model.
 
 Nothing is downloaded. Pictures are drawn from symbols of the DejaVu font that matplotlib carries,
 texts are Python's own documentation. The miniature keeps the paper's premises, or it would show
 nothing:
 
 - *Scenes* are compositional: four cells, each empty or one of 48 symbols in one of 8 colours, with
-  the caption "red anchor, blue star, nothing, yellow snowman". There are about 10^10, so what is
-  tested was never seen, and twins (two cells swapped, one colour or one symbol changed) punish a
-  model that only knows which words occur.
+  the caption "red anchor, blue star, nothing, yellow snowman". There are about 10^10, so test
+  scenes are new, and near twins as hard negatives (two cells swapped, one colour or one symbol
+  changed) defeat a model that only knows which words occur.
 - The *base* model knows half of the symbols; stage 1 brings the others, unlabelled and in far
   greater number.
 - Every colour and symbol is one word and one token, so that a hidden word cannot be guessed from
@@ -17,7 +17,7 @@ nothing:
 - *documents* are headings and bodies of Python's documentation: long texts, and text-only pairs.
 
 `python -m nano_moca.builtin` makes the base: it learns the tokenizer and trains a causal captioner
-from nothing, in about half an hour of one core.
+from scratch, in about half an hour on one core.
 """
 
 import importlib
@@ -43,8 +43,8 @@ from nano_moca.processor import MARK, Record
 from nano_moca.trainer import parse_flags, run
 from nano_moca.weights import fresh_folder, replace_folder, save_weights
 
-# A character and the one word of its Unicode name that tells it apart. The base knows every other
-# one.
+# A character and the one word of its Unicode name that identifies it. The base knows alternate ones
+# (KNOWN: the first, third, fifth, ...).
 NAMES = tuple(
     "spade heart diamond club star telephone airplane umbrella snowman anchor skull queen knight "
     "note sun cloud moon scissors envelope pencil voltage yin peace house flag swords gear springs "
@@ -283,7 +283,7 @@ def make_tokenizer() -> Tokenizer:
     """A byte-level BPE like Qwen's, learned from captions and documents; each word of a caption is
     one token.
 
-    How text is cut before that, and the special tokens, stay as the base's tokenizer.json has them:
+    Pre-tokenization and special tokens are those of the base's tokenizer.json:
     Qwen's own pattern (contractions, words, single digits, punctuation, line ends, spaces), and
     Qwen's first fourteen tokens after the 1,300 that are learned.
     """
@@ -298,7 +298,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def initialise(model: VLM, seed: int) -> None:
-    """Random weights to train from nothing."""
+    """Random weights to train from scratch."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms scale by 1 at first, biases add nothing
@@ -312,7 +312,7 @@ def initialise(model: VLM, seed: int) -> None:
 
 
 def train_base(start: Path, argv: Sequence[str]) -> Path:
-    """Train a causal captioner from nothing; the folder of the model.
+    """Train a causal captioner from scratch; the folder of the model.
 
     start: a folder like nano_moca/base, whose config.json says the model's shape; gets random
     weights. argv: flags of train_cpt.py that differ from what the committed base was made with.

@@ -15,7 +15,7 @@ BASE = Path(__file__).parent / "base"  # the nano base: two million parameters, 
 
 
 class MocaError(Exception):
-    """What the user can mend: its message is one line that names the file and the mend."""
+    """An error that the user can fix: one line that names the file and says what to do."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ fields,
 
     {"text": "... <|vision_start|><|image_pad|><|vision_end|> ...", "images": ["a.png"]}
 
-from one file or a folder of files, or the embedded default ("builtin"). A step's batch is a token
+from one file or a folder of files, or the built-in data ("builtin"). A step's batch is a token
 budget over all ranks. Every rank draws the same records in the same order from the seed, then takes
-its share by cost, so the number of ranks changes nothing but the speed. Records that cannot be used
-stop the run, or are counted and listed.
+its share by cost. So the number of ranks changes only the speed (as long as the token budget holds
+a record for every micro-batch of every rank). Records that cannot be used stop the run, or are
+counted and listed.
 
 Stage 2 reads pairs, from the same kinds of file,
 
@@ -103,7 +104,7 @@ def make_record(fields: object, folder: Path | None, where: str) -> Record:
         raise MocaError(f'{where}: no "text": write {{"text": "...", "images": [...]}}')
     images = fields.get("images") or []
     if not isinstance(images, (list, tuple)):
-        raise MocaError(f'{where}: "images" is no list: write [image, ...]')
+        raise MocaError(f'{where}: "images" is not a list: write [image, ...]')
     if folder is None:
         return Record(fields["text"], list(images), where)
     folder, found = folder.resolve(), []
@@ -123,7 +124,7 @@ def make_record(fields: object, folder: Path | None, where: str) -> Record:
 
 @dataclass
 class Made(Sequence):
-    """Some rows as what `make` makes of them; each is made, and checked, when it is asked for."""
+    """A lazy view of rows: item i is make(*rows[places[i]]), built and checked when indexed."""
 
     rows: Sequence
     places: Sequence[int]  # which rows
@@ -140,7 +141,7 @@ class Made(Sequence):
 def load_records(path: str, seed: int) -> Sequence[Record]:
     """Stage 1's data, from a file or folder, or "builtin" with ":" and a split."""
     if path.partition(":")[0] == BUILTIN:
-        from nano_moca.builtin import Builtin  # beside the road: only the default needs it
+        from nano_moca.builtin import Builtin  # only the built-in data needs it
 
         return Builtin(path.partition(":")[2] or "train", seed)
     rows = open_rows(path)
@@ -157,7 +158,7 @@ class Draw:
 
 
 def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Divide items into `parts` of nearly equal cost: the dearest first, each to the poorest."""
+    """Split items into parts of nearly equal cost: costliest first, each to the cheapest part."""
     shares: list[list[int]] = [[] for _ in range(parts)]
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
         min(shares, key=lambda share: sum(costs[i] for i in share)).append(item)
@@ -165,8 +166,8 @@ def deal(costs: Sequence[int], parts: int) -> list[list[int]]:
 
 
 class Batches:
-    """What the batches of both stages share: endless, a place in the run, and a list of what cannot
-    be used."""
+    """Base of both stages' batches: an endless iterator with a resumable position (`state`) and a
+    list of skipped records."""
 
     skipped: Path | None  # lists what cannot be used; None: the first such record stops the run
     state: dict[str, int]  # all that the coming draws depend on, beside seed and data
@@ -246,7 +247,7 @@ def make_pair(fields: dict, folder: Path, where: str) -> Pair:
     """A line of stage 2's data as a `Pair`; MocaError names the line and the part of it."""
     negatives = fields.get("negatives") or []
     if not isinstance(negatives, list):
-        raise MocaError(f'{where}: "negatives" is no list: write a list of records')
+        raise MocaError(f'{where}: "negatives" is not a list: write a list of records')
     query, positive = (make_record(fields.get(part), folder, f"{where} {part}")
                        for part in ("query", "positive"))
     return Pair(query, positive, [make_record(negative, folder, f"{where} negative {number}")
@@ -255,13 +256,13 @@ def make_pair(fields: dict, folder: Path, where: str) -> Pair:
 
 def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None
                ) -> dict[str, Sequence[Pair]]:
-    """Stage 2's data: {task: its pairs}, from a file or folder or the embedded default.
+    """Stage 2's data: {task: its pairs}, from a file or folder, or the built-in tasks.
 
-    Every row says its task and kind; nothing is guessed. unusable: takes the errors of rows that do
-    not (None: the first one is raised).
+    Every row says its task and kind; nothing is guessed. unusable: a list that collects the errors
+    of rows that do not; if it is None, the first such row raises.
     """
     if path.partition(":")[0] == BUILTIN:
-        from nano_moca.builtin import builtin_tasks  # beside the road
+        from nano_moca.builtin import builtin_tasks
 
         return builtin_tasks(path.partition(":")[2] or "train", seed)
     tasks, rows = {}, open_rows(path)

@@ -9,7 +9,7 @@
 is float32 [lines, width] of unit length, in the file's order: the best match of a query is the item
 with the largest dot product.
 
-`builtin`: the tasks of the embedded default, each query among all answers of its task and their
+`builtin`: the built-in tasks, each query among all answers of its task and their
 near twins. `mmeb` and `vidore` read the benchmarks' own files, parquet or JSON lines:
 
     mmeb    DATA/<task>/test*     qry_text, qry_img_path, tgt_text [list], tgt_img_path [list];
@@ -18,10 +18,10 @@ near twins. `mmeb` and `vidore` read the benchmarks' own files, parquet or JSON 
             DATA/<task>/qrels/*   query-id, corpus-id, score
                                   an image: the hub's structure, or a path from DATA/<task>
 
-A tie counts as wrong, and so does NaN: a model that maps everything to one point scores 0. (The
-released code counts both as right.) Chance stands beside each score. Vectors are kept in
-<output>.vectors by model, settings and content, so that what was interrupted goes on where it
-stopped, and another model never meets them.
+Ties and NaN count as wrong: a model that maps everything to one point scores 0. (The released code
+counts both as right.) Every score comes with its chance level. Vectors are cached in
+<output>.vectors under a key of model, settings and content, so an interrupted evaluation resumes,
+and another model never reads them.
 """
 
 import argparse
@@ -70,8 +70,8 @@ class Ranking:
     similarities: np.ndarray  # [Q, C] cosines
 
     def ranks(self) -> np.ndarray:
-        """The rank of each query's right answer, from 1: [Q] int64. A tie counts against, and so
-        does NaN: else a model that maps all to one point would be perfect."""
+        """Each query's rank of its right answer, from 1: [Q] int64. Ties and NaN count against it,
+        or else a model that maps everything to one point would be perfect."""
         own = np.take_along_axis(self.similarities, self.right[:, None], 1)  # [Q, 1]
         return (~(self.similarities < own)).sum(1)  # itself among them
 
@@ -104,8 +104,8 @@ def cosines(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
 
 
 def plot_retrieval(path: Path, rankings: dict[str, Ranking]) -> None:
-    """A row a task: a query, and its five best answers from left to right; the right one is framed,
-    if it is among them."""
+    """One row per task: a query, and its five best answers from left to right; the right one is
+    framed, if it is among them."""
     from matplotlib.figure import Figure
 
     figure = Figure((12.5, 2.2 * len(rankings)), layout="tight")
@@ -137,7 +137,7 @@ def show_record(axis: Any, record: Record, title: str) -> None:
 
 
 def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
-    """A panel a task: cosines of the first queries (rows) and their right answers (columns)."""
+    """One panel per task: cosines of the first queries (rows) and their right answers (columns)."""
     from matplotlib.figure import Figure
 
     figure = Figure((2.6 * len(rankings) + 0.6, 3), layout="constrained")
@@ -216,7 +216,7 @@ def embed(args: argparse.Namespace) -> None:
 
 
 def builtin(embed: Embed, args: argparse.Namespace) -> Scores:
-    """The embedded default's tasks, and scenes of symbols that the nano base never met."""
+    """The built-in tasks, and scenes of symbols that the nano base never met."""
     tasks = builtin_tasks(args.split)
     for name in ("scene-to-caption", "caption-to-scene"):
         tasks[f"{name}, new symbols"] = BuiltinTask(name, args.split, 0, NEW)
@@ -247,7 +247,7 @@ def mmeb(embed: Embed, args: argparse.Namespace) -> Scores:
                     fields = {"text": text, "images": [path] if path else []}
                     records.append(make_record(fields, images, where))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise MocaError(f"{where}: no row of MMEB ({error!r}): copy it again") from None
+                raise MocaError(f"{where}: not an MMEB row ({error!r}): copy it again") from None
             questions.append([places[side] for side in sides])
         vectors = embed(records)
         found = [cosines(vectors[[query]], vectors[others])[0] for query, *others in questions]
@@ -271,7 +271,7 @@ def vidore(embed: Embed, args: argparse.Namespace) -> Scores:
             known = query in relevance and page in columns
             if not (known and isinstance(score, (int, float)) and score >= 0):
                 raise MocaError(f"{where}: query {query} or page {page} is not among the task's, "
-                                f"or {score} is no relevance: copy its three folders again")
+                                f"or {score} is not a relevance: copy its three folders again")
             relevance[query][columns[page]] = score
         judged = [(relevance[key], make_record({"text": text}, folder, where))
                   for key, text, where in queries if relevance[key].any()]
@@ -310,7 +310,7 @@ def task_folders(data: str) -> list[Path]:
     folders = sorted(path for path in Path(data).glob("*") if path.is_dir()
                      and any(file.suffix in FILE_KINDS for file in path.rglob("*")))
     if not folders:
-        raise MocaError(f"--data {data} holds no task: give the folder that holds a folder a task")
+        raise MocaError(f"--data {data} holds no task: give a folder with one subfolder per task")
     return folders
 
 
@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Embed and score with a trained model.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, about in (("embed", "items.jsonl to vectors.npy"),
-                        ("builtin", "score on the embedded default"),
+                        ("builtin", "score on the built-in tasks"),
                         ("mmeb", "score on MMEB"), ("vidore", "score on ViDoRe")):
         command = commands.add_parser(name, allow_abbrev=False, help=about)
         command.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         elif name == "builtin":
             command.add_argument("--split", choices=("test", "development"), default="test")
         else:
-            command.add_argument("--data", required=True, help="folder that holds a folder a task")
+            command.add_argument("--data", required=True, help="folder with one subfolder per task")
     commands.choices["mmeb"].add_argument("--images", help="the images' folder (default: --data)")
     commands.choices["vidore"].add_argument("--prompt", help="put beside each page",
                                             default="Represent the given document image.")

@@ -8,10 +8,10 @@ softmax is nothing beside reading its logits. PyTorch's lines below go over the 
 the kernel reads them twice, writes them once, and keeps everything between in float32 registers.
 
 **Online softmax.** The gradient of cross entropy, softmax - onehot, needs the sum of a row's
-exponentials, taken relative to the largest logit lest they overflow. Literally that is one pass for
-the maximum and another for the sum. But the sum can be kept relative to the largest logit *so far*:
-when a block brings a larger one, what was summed before shrinks by exp(old - new). So one pass
-finds both, and a second one writes the gradient over the logits, which nobody needs any more.
+exponentials, taken relative to the largest logit to avoid overflow. Done naively, that is one pass
+for the maximum and another for the sum. But the sum can be kept relative to the largest logit *so
+far*: when a block brings a larger one, what was summed before shrinks by exp(old - new). So one
+pass finds both, and a second one writes the gradient over the logits, which are no longer needed.
 
 Left out: the matmuls around it (cuBLAS does those, see losses.py). With TRITON_INTERPRET=1, set
 before Triton is imported, the kernels run on CPU tensors, one program after the other: slow, but

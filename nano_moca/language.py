@@ -1,7 +1,7 @@
 """The decoder: Qwen2 with rotary positions in three dimensions (M-RoPE).
 
-It came as a causal language model. Every layer takes `causal` as an argument: with False the same
-weights form the bidirectional encoder that MoCa trains. Nothing else changes.
+Qwen2 was trained as a causal language model. Every layer takes `causal` as an argument: with False
+the same weights form the bidirectional encoder that MoCa trains. Nothing else changes.
 
 Positions are triples (frame, row, column). For text the three are equal, so M-RoPE is ordinary
 rotary embedding; an image token carries its place in the grid.

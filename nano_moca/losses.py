@@ -24,10 +24,10 @@ Triton.
 Precision: matmuls in the model's dtype, softmax and errors in float32. The gradient of the head is
 a sum over chunks: one float32 buffer, rounded to the model's dtype once, at the end of backward.
 
-Where others differ: the paper's released code computes logits at all positions, although only
-hidden ones (40 percent of the text, no image) enter the loss; here the caller passes hidden rows
-only. Left out: derivatives of the gradient, ignored labels, label smoothing, a bias in the head,
-float16.
+Where others differ: the paper's released code runs its fused loss (Liger-Kernel's) over all
+positions, although only masked ones (40 percent of the text, no image) count; here the caller
+passes the masked rows only. Left out: derivatives of the gradient, ignored labels, label smoothing,
+a bias in the head, float16.
 """
 
 from collections.abc import Callable
@@ -50,21 +50,22 @@ def masked_reconstruction_loss(
     hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor, target: Tensor,
     backend: str = "auto", mlm_count: float | None = None, mae_count: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both losses of stage 1 as scalars: cross entropy a token, squared error a pixel value.
+    """Both losses of stage 1, as scalars: cross entropy per token, squared error per pixel value.
 
-    hidden     [R, D]  the model's output at the hidden tokens
+    hidden     [R, D]  the decoder's hidden states at the masked tokens
     head       [V, D]  the output embedding
-    labels     [R] int64, the words that were hidden
-    predicted  [G, W]  the MAE decoder's output at the hidden groups (W = 4704)
+    labels     [R] int64, the tokens that were masked
+    predicted  [G, W]  the MAE decoder's output at the masked groups (W = 4704)
     target     [G, W]  their pixels; gets no gradient
     backend    "torch", "triton", or "auto": Triton on a GPU, where it is installed
 
-    The counts replace R and G as what the sums are divided by: the hidden tokens and groups of the
-    whole batch, where this call sees one rank's share or one accumulation step of it. R or G may be
-    0: a loss over nothing is 0, and so are its gradients. The caller may weight and add the two
-    losses, and run backward once, through both together. A label outside the vocabulary is an error
-    on the CPU; on a GPU, where looking at it would hold up the queue of kernels, the Triton kernel
-    makes the loss NaN and PyTorch's gather stops with a device-side assertion.
+    mlm_count, mae_count: what the sums are divided by, in place of R and G: the number of masked
+    tokens and groups in the whole batch, when this call sees only one rank's or one micro-batch's
+    share. R or G may be 0: a loss over nothing is 0, and so are its gradients. The caller may
+    weight and add the two losses, and run backward once, through both together. A label outside the
+    vocabulary is an error on the CPU. On a GPU, where looking at it would hold up the queue of
+    kernels, the Triton kernel makes the loss NaN and PyTorch's gather stops with a device-side
+    assertion.
     """
     if (hidden.ndim != 2 or hidden.shape[1:] != head.shape[1:] or labels.shape != hidden.shape[:1]
             or predicted.ndim != 2 or predicted.shape != target.shape):
@@ -166,12 +167,13 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 # --- stage 2 -------------------------------------------------------------------------------------
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows in one matrix, with its gradient.
+    """All ranks' rows in one matrix, differentiable.
 
-    Forward, each rank writes its rows into zeros and the matrices are summed; backward, the
-    gradients that all ranks have for all rows are summed, and each rank takes its own. (Without
-    the second half, as in the released code, what a positive learns from other ranks' queries is
-    lost.)
+    Forward: each rank writes its rows into zeros, and the matrices are summed. Backward: the
+    gradients that all ranks have for all rows are summed, and each rank keeps its own rows.
+    (Without the second half a positive would get no gradient from other ranks' queries. The
+    released code gathers without gradient but computes the whole loss on every rank: averaged over
+    W ranks, its gradient is 1/W of this one.)
     """
 
     @staticmethod

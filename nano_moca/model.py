@@ -7,8 +7,8 @@
   made for.
 - `embed` reads them in both directions and pools each sequence into one unit vector: what MoCa
   makes of it.
-- `Restorer` (stage 1) predicts hidden words by the model's own output head and hidden patches by
-  one more layer.
+- `Restorer` (stage 1) predicts masked tokens with the model's own output head, and the pixels of
+  masked patches with one more layer.
 
 Left out: video, sampling, key-value caches.
 """
@@ -28,7 +28,7 @@ from nano_moca.config import Config
 from nano_moca.language import Decoder, DecoderLayer, mrope_angles
 from nano_moca.vision import VisionTower
 
-if TYPE_CHECKING:  # only for annotations: these files stand further down the road
+if TYPE_CHECKING:  # for annotations only: both files come later in the reading order
     from nano_moca.masking import Corruption
     from nano_moca.processor import Batch
 
@@ -72,14 +72,14 @@ class VLM(nn.Module):
         return self.language(self.input_embeddings(batch), batch.positions, segments, causal)
 
     def embed(self, batch: Batch, causal: bool, pooling: str) -> Tensor:
-        """Unit vectors [N, D] float32, one a sequence: the mean of its hidden states, or its last
-        one."""
+        """Unit vectors [N, D] float32, one per sequence: the mean of its hidden states, or its
+        last one."""
         return F.normalize(pool(self(batch, causal), batch, pooling), dim=-1)
 
     @torch.no_grad()
     def greedy(self, batch: Batch, steps: int, end: int) -> list[list[int]]:
-        """The `steps` likeliest next tokens of each sequence, cut before the token `end`. Causal,
-        uncached."""
+        """Greedy decoding, causal and uncached: up to `steps` tokens per sequence, cut before
+        `end`."""
         embeddings = list(self.input_embeddings(batch).split(batch.lengths))
         positions = list(batch.positions.split(batch.lengths, dim=1))
         captions: list[list[int]] = [[] for _ in embeddings]
@@ -101,7 +101,7 @@ class VLM(nn.Module):
 
 
 def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """Hidden states [T, D] -> one float32 vector a sequence, [N, D]: "mean" or "last"."""
+    """Hidden states [T, D] -> one float32 vector per sequence, [N, D]: "mean" or "last"."""
     ends = batch.cu_seqlens[1:].to(hidden.device)  # [N]
     if pooling == "last":
         return hidden[ends - 1].float()
@@ -144,8 +144,8 @@ class PatchDecoder(nn.Module):
 class Restorer(nn.Module):
     """Stage 1: the model and its MAE decoder, with the loss computed inside `forward`.
 
-    Inside, because FSDP holds the embedding (and so a tied head) whole only while the root's
-    forward runs.
+    FSDP gathers the embedding (and a tied head) only while the root module's forward runs, so the
+    loss, which needs the head, must run there too.
     """
 
     def __init__(self, vlm: VLM) -> None:
@@ -156,8 +156,8 @@ class Restorer(nn.Module):
 
     def forward(self, corruption: Corruption, causal: bool, loss: Callable
                 ) -> tuple[Tensor, Tensor]:
-        """Run the corrupted batch and hand what was hidden to `loss`: masked_reconstruction_loss or
-        its like. Returns the two losses (MLM, MAE), scalars in float32."""
+        """Run the corrupted batch and call `loss` (masked_reconstruction_loss or its like) on what
+        was masked. Returns its two losses (MLM, MAE), float32 scalars."""
         hidden = self.vlm(corruption.batch, causal)  # [T, D]
         predicted = self.patch_decoder(hidden, corruption.batch, corruption.group_rows)  # [G, 4704]
         told = hidden[corruption.text_rows]  # [R, D]

@@ -1,9 +1,9 @@
 """From records to packed batches: tokenizer, images, positions.
 
 A record is text with one mark `<|vision_start|><|image_pad|><|vision_end|>` for each of its images.
-`encode` turns it into tokens (the pad repeated once a merged group of patches), positions and
-patches; `pack` lays encoded records end to end into a `Batch`. There is no padding, and no batch
-dimension.
+`encode` turns it into token ids (the pad repeated once per merged 2x2 group of patches) and
+positions; `pack` lays encoded records end to end into a `Batch` and cuts their images into patches.
+There is no padding, and no batch dimension.
 
 Everything the model could get wrong silently is refused here: a mark without its image, an image,
 video or mask token that belongs to no image, an empty text, an image that does not open.
@@ -188,7 +188,7 @@ class Processor:
 
     def encode(self, record: Record, max_tokens: int | None = None, decode: bool = False
                ) -> Encoded:
-        """Token ids, each image mark's pad repeated once a merged group, and positions.
+        """Token ids, each image mark's pad repeated once per merged group, and positions.
 
         max_tokens: the text after the last image is shortened to it; images are never cut: a record
         whose images do not fit is an error. decode: look now whether the images can be read. A
@@ -207,7 +207,7 @@ class Processor:
         try:
             ids = np.array(self.tokenizer.encode(record.text, add_special_tokens=False).ids)
         except TypeError:  # half of a surrogate pair, which JSON can say
-            raise MocaError(f"{source}: the text is no valid Unicode: correct it") from None
+            raise MocaError(f"{source}: the text is not valid Unicode: correct it") from None
         pads = ids == self.image_token
         grids = [self.grid(image, source) for image in images]
         repeats = np.ones(len(ids), np.int64)

@@ -1,9 +1,9 @@
 """What a run of stage 1 shows at its end: what the modalities learned from each other.
 
-Words could be restored from words alone, and patches from their neighbours. So the report asks:
-how many hidden words come back beside the right picture, a wrong one, and none; and how well hidden
-patches come back with the words in clear, and with no words. All on records drawn after the last
-step's, which are unseen within the first epoch.
+Tokens could be restored from other tokens alone, and patches from their neighbours. So the report
+asks: how many masked tokens are restored with the right picture, a wrong one, and none; and how
+well masked patches are restored with all words visible, and with no words. All on records drawn
+after the last step's, which are unseen within the first epoch.
 """
 
 import textwrap
@@ -26,7 +26,7 @@ Items = list[tuple[int, Encoded]]  # (number in the run, record)
 @torch.no_grad()
 def restore(model: Restorer, corruption: Corruption, world: World, causal: bool
             ) -> tuple[Tensor, Tensor]:
-    """The model's answers: the likeliest tokens [R] and the pixels [G, 4704] of what was hidden."""
+    """The model's answers: the likeliest tokens [R] and the pixels [G, 4704] of what was masked."""
 
     def answers(hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor, _: Tensor):
         rows = hidden.split(256)  # never all logits at once
@@ -38,10 +38,10 @@ def restore(model: Restorer, corruption: Corruption, world: World, causal: bool
 
 def cross_modal_report(model: Restorer, processor: Processor, items: Items, flags: Any,
                        world: World, causal: bool) -> dict[str, float | None]:
-    """Shares of hidden words restored, and squared errors of hidden patch groups, by condition.
+    """Shares of masked tokens restored, squared errors of masked patch groups, by condition.
 
     items: records that hold an image and words. flags: train_cpt's. A figure is None where nothing
-    was hidden.
+    was masked.
     """
     keys = [(flags.seed, number) for number, _ in items]
     batch = processor.pack([item for _, item in items])
@@ -67,8 +67,8 @@ def cross_modal_report(model: Restorer, processor: Processor, items: Items, flag
         "words restored, wrong picture": (
             None if wrong is None else words(replace(batch, patches=wrong))),
         "words restored, no picture": words(pictureless),
-        "patch error, words in clear": patches(batch, 0.0),
-        "patch error, words hidden as in training": patches(batch, flags.text_mask),
+        "patch error, words visible": patches(batch, 0.0),
+        "patch error, words masked as in training": patches(batch, flags.text_mask),
         "patch error, no words": patches(wordless, 0.0),
         "patch error, best constant": mean((target - target.mean(0)).square()),
     }
@@ -84,8 +84,8 @@ def only(item: Encoded, special: np.ndarray, words: bool) -> Encoded:
 def other_pictures(batch: Batch) -> Tensor | None:
     """The patches [P, 1176] with each image in the place of another of its size.
 
-    None if more than a tenth of the images keep their place or get an equal one: the score beside a
-    wrong picture would be one beside the right one.
+    None if over a tenth of the images keep their place or get an identical one: the "wrong picture"
+    score would then partly measure the right picture.
     """
     grids = [tuple(grid) for grid in batch.grids.tolist()]
     images = batch.patches.split(batch.grids.prod(1).tolist())
@@ -109,10 +109,10 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int, int], processor: Proce
 
 def plot_restorations(path: Path, model: Restorer, processor: Processor, items: Items,
                       flags: Any, world: World, causal: bool) -> None:
-    """A column a record: hidden, restored, original; below each picture, the words.
+    """One column per record: masked, restored, original; below each picture, the words.
 
-    Takes records with one image. A hidden group is grey (the model sees noise there), a hidden word
-    is _; in the second row [words] and groups that were hidden are the model's. flags: train_cpt's.
+    Takes records with one image. A masked group is grey (the model sees noise there), a masked
+    token is _; in the second row, [words] and masked groups are the model's. flags: train_cpt's.
     Call on all ranks.
     """
     from matplotlib.figure import Figure
@@ -138,7 +138,7 @@ def plot_restorations(path: Path, model: Restorer, processor: Processor, items: 
             text = "\n".join(textwrap.wrap("".join(parts), 28)[:4])
             axis.set_xlabel(text, fontsize=7, parse_math=False)  # a $ in a text is a dollar
             axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ("hidden", "restored", "original"), strict=True):
+    for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
         axis.set_ylabel(name)
     if world.main:
         figure.savefig(path, dpi=110)

@@ -35,7 +35,7 @@ from nano_moca.weights import (
     writing,
 )
 
-# when a run is resumed: what changes nothing that was computed
+# flags that may differ on --resume, since they change nothing that is computed
 MAY_CHANGE = "output steps save_every resume device checkpointing on_error held_out".split()
 
 
@@ -54,38 +54,39 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass
 class CommonFlags:
-    """What both scripts ask. Defaults are for the embedded data on a CPU; a script may change
+    """Flags of both scripts. Defaults are for the built-in data on a CPU; a script may change
     them."""
 
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
     data: str = flag("builtin", ".jsonl or .parquet file, or a folder of them")
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
     steps: int = flag(1000, "optimiser steps", low=1)
-    min_pixels: int = flag(None, "smallest area of an image (default: the checkpoint's)")
-    max_pixels: int = flag(None, "largest area of an image (default: the checkpoint's)")
-    attention: str = flag("bidirectional", "in the decoder", choices=("bidirectional", "causal"))
-    learning_rate: float = flag(2e-3, "at its peak; 2e-6 for 3B and 7B", low=0, high=1)
-    warmup: float = flag(0.1, "share of the steps in which it rises", low=0, high=1)
+    min_pixels: int = flag(None, "smallest image area in pixels (default: the checkpoint's)")
+    max_pixels: int = flag(None, "largest image area in pixels (default: the checkpoint's)")
+    attention: str = flag("bidirectional", "of the decoder", choices=("bidirectional", "causal"))
+    learning_rate: float = flag(2e-3, "peak value; 2e-6 for 3B and 7B", low=0, high=1)
+    warmup: float = flag(0.1, "share of the steps in which the learning rate rises", low=0, high=1)
     clip: float = flag(5.0, "largest gradient norm; inf for no limit", low=1e-9)
-    seed: int = flag(0, "of order, masks and new weights", low=0, high=2**63 - 1)
+    seed: int = flag(0, "for data order, masks and new weights", low=0, high=2**63 - 1)
     device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
     dtype: str = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
     checkpointing: bool = flag(False, "recompute activations in backward to save memory")
     save_every: int = flag(100, "steps between checkpoints", low=1)
-    resume: bool = flag(False, "go on from the checkpoint in --output")
-    on_error: str = flag("stop", "at a record that cannot be used", choices=("stop", "skip"))
+    resume: bool = flag(False, "continue from the checkpoint in --output")
+    on_error: str = flag("stop", "what to do with an unusable record", choices=("stop", "skip"))
 
 
 def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
     """Fill a flags dataclass from the command line (argv None) or a list of words."""
     parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     for field in dataclasses.fields(kind):
         value = (dict(action="store_true") if field.type is bool else
                  dict(type=field.type, choices=field.metadata["choices"]))
-        about = dict(default=field.default, help=field.metadata["help"])
-        parser.add_argument(names[field.name], **about, **value)
+        silent = field.default is None or field.type is bool
+        about = field.metadata["help"] + ("" if silent else " (default: %(default)s)")
+        parser.add_argument(names[field.name], default=field.default, help=about, **value)
     flags = parser.parse_args(argv)
     for field in dataclasses.fields(kind):
         value, low, high = getattr(flags, field.name), field.metadata["low"], field.metadata["high"]
@@ -147,8 +148,8 @@ def shard(whole: nn.Module, vlm: VLM, world: World) -> nn.Module:
 
     The root holds what belongs to no block (embeddings, norms, heads). Inputs are not cast: the
     rotary angles have to stay float32. Alone, nothing is divided; but the vision tower sees a blank
-    group in a batch without images here as there, so that its gradients are zeros in both (where
-    they were absent, the optimiser would pass its weights over, and the ranks would show).
+    group in a batch without images all the same. Its gradients are then zero, not None, as under
+    FSDP: AdamW skips parameters whose gradient is None, and the number of ranks would matter.
     """
     vlm.always_see = True
     if world.sharded:
@@ -187,11 +188,11 @@ def skip_list(flags: CommonFlags, world: World) -> Path | None:
 
 def begin(flags: CommonFlags, world: World, model: nn.Module, batches: Any, about: str
           ) -> tuple[torch.optim.Optimizer, "Log", int]:
-    """The optimiser, the log, and the number of steps that are done: 0, or with --resume those that
-    the checkpoint in --output has behind it; then model, optimiser and data are what they were.
+    """Set up optimiser and log, and restore the checkpoint in --output if --resume finds one.
+    Returns both, and the number of steps already done (0 for a new run).
 
-    batches: what draws the data, with its place in the run as `state`, a dictionary that counts the
-    records "skipped". about: a step in words, for the line that the run begins with.
+    batches: draws the data; its `state` is a dictionary with, among others, the number of "skipped"
+    records. about: describes a step, for the line printed at the start.
     """
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -398,7 +399,7 @@ def plot_losses(path: Path, lines: list[dict], names: list[str]) -> None:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main: what the user can mend ends as one line and exit code 1."""
+    """Run a script's main; errors that the user can fix end as one line and exit code 1."""
     try:
         main()
         if dist.is_initialized():
@@ -407,7 +408,7 @@ def run(main: Callable[[], object]) -> None:
     except MocaError as error:
         message = str(error)
     except OSError as error:  # a full disk, a folder without permission
-        message = f"{error.filename or 'writing'}: {error.strerror or error}: mend it and run again"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}: fix it and run again"
     except KeyboardInterrupt:
         message = "interrupted"
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -9,7 +9,8 @@ most of the attention's cost by letting patches see only their window; a few blo
 image. Windows are nothing new for packed attention: sort the groups by window, and a window is one
 more kind of short sequence.
 
-MoCa leaves this tower as it is, in both stages: it always was bidirectional.
+MoCa does not change this tower's attention, which was always bidirectional. Its weights are trained
+in both stages, like all others.
 """
 
 from functools import lru_cache
@@ -184,8 +185,7 @@ class VisionTower(nn.Module):
         images = Segments(tuple(image_lengths), device)
         windows = Segments(tuple(window_lengths), device) if config.window else images
 
-        # a quarter of each head's width turns with the row, a quarter with the column (and their
-        # partners)
+        # half of each head's dimensions rotate with the patch's row, half with its column
         frequencies = rotary_frequencies(config.width // config.heads // 2, 10000.0, device)
         angles = torch.cat(positions).to(device)[:, :, None] * frequencies  # [P, 2, d/4]
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, width]

@@ -7,9 +7,9 @@ model.safetensors or in shards with model.safetensors.index.json:
     transformers 4.52 and later          model.language_model...  model.visual...  lm_head.*
     MoCa's released checkpoints          either, with mae_* tensors or without
 
-Every tensor that the model needs must be there once, in its shape, and nothing else may be: a
-missing key that goes unnoticed is a model that computes nonsense with confidence (transformers 5
-loads MoCa's own checkpoints so). Tensors are read one at a time, so that memory never holds the
+Every tensor that the model needs must be there exactly once, with its shape, and nothing else may
+be: if a missing key goes unnoticed, the model runs and its output is nonsense (transformers 5 loads
+MoCa's own checkpoints that way). Tensors are read one at a time, so that memory never holds the
 weights twice, and each rank of a sharded model keeps its part. We save in the first layout, which
 every reader knows.
 """
@@ -45,12 +45,12 @@ def find_checkpoint(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if len(Path(name).parts) != 2 or str(name).startswith((".", "/")):
-        raise MocaError(f"{name} is no folder: give a checkpoint's folder or a hub id owner/name")
+        raise MocaError(f"{name} is not a folder: give a checkpoint folder or a hub id owner/name")
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # network, permission, spelling: one line says which
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MocaError(f"{name} is no folder, nor does the hub give it ({reason})") from None
+        raise MocaError(f"{name} is not a folder, nor on the hub ({reason})") from None
 
 
 def our_name(stored: str) -> str | None:
@@ -133,8 +133,8 @@ def build(folder: Path, config: Config, device: torch.device | str, dtype: torch
     Until `prepare` is done the model has no memory; then each parameter, or this rank's part of it,
     is allocated once and filled. What `prepare` adds is left for the caller to fill.
 
-    mask_row: the id of a mask token that the checkpoint does not know. Its embedding becomes the
-    mean of those before it, no word but of a usual size; so do rows that a grown vocabulary adds.
+    mask_row: the id of a mask token that the checkpoint lacks. Its embedding, and the rows that a
+    grown vocabulary adds, start as the mean of the rows before it.
     """
     with torch.device("meta"):  # shapes and names only
         model = VLM(config).to(dtype)

@@ -111,7 +111,7 @@ def pattern(length: int, causal: bool) -> np.ndarray:
 
 
 def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
-    """Down the page: a record, what is hidden of it, the decoder, and what has to be restored."""
+    """Down the page: a record, what is masked of it, the decoder, and what has to be restored."""
     flags, batch = train_cpt.Flags, processor.batch([Builtin()[RECORD]])
     corruption = corrupt(batch, processor, flags.text_mask, flags.image_mask, [(0, RECORD)])
     hidden = {*corruption.text_rows.tolist(), *corruption.group_rows.tolist()}
@@ -139,7 +139,7 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
                "Hide parts of pictures and of the words beside them, and restore each from all "
                "that is left, before it and after it.")
     x = start
-    for fill, edge, label in ((MIST, "none", "seen"), (PINK, RED, "hidden"),
+    for fill, edge, label in ((MIST, "none", "seen"), (PINK, RED, "masked"),
                               ("white", BLUE, "to be restored")):
         sheet.box(x, 106, 28, 18, fill, edge)
         sheet.text(x + 38, 115, label)

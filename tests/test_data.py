@@ -114,7 +114,7 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
     ("[1, 2]", 'no "text"'),
     ('{"text": 5}', 'no "text"'),
     ('{"images": []}', 'no "text"'),
-    ('{"text": "a", "images": "a.png"}', "no list"),
+    ('{"text": "a", "images": "a.png"}', "not a list"),
     ('{"text": "a", "images": [5]}', "neither path nor bytes"),
     ('{"text": "a", "images": [{"path": null}]}', "neither path nor bytes"),
     ('{"text": "a", "images": ["../a.png"]}', "outside"),

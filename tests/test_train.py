@@ -252,7 +252,7 @@ def test_no_text_is_hidden(ablated: Callable, tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(0.5 * line["mae_loss"])
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["words restored, right picture"] is None
-    assert scores["patch error, words in clear"] > 0
+    assert scores["patch error, words visible"] > 0
 
 
 def test_no_patch_is_hidden(ablated: Callable) -> None:
@@ -274,7 +274,7 @@ def test_no_report_of_what_was_not_learned(ablated: Callable, tmp_path: Path) ->
     """With --mae-weight 0 no patch is hidden in the report either."""
     ablated("--mae-weight", "0")
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert scores["patch error, words in clear"] is None
+    assert scores["patch error, words visible"] is None
 
 
 def test_pixel_limits(ablated: Callable, plain: Path) -> None:

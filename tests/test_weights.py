@@ -168,7 +168,7 @@ def test_no_folder(tmp_path: Path, monkeypatch) -> None:
     assert str(tmp_path / "absent") in refusal(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refusal(tmp_path / "file")
-    assert "no folder" in refusal("./absent") and "no folder" in refusal("absent")
+    assert "not a folder" in refusal("./absent") and "not a folder" in refusal("absent")
 
     for error in (OSError("offline\nand more"), RuntimeError()):
         def refuse(*_, error: Exception = error, **__) -> str:
