@@ -44,8 +44,8 @@ ARMS = {
     "mae": Arm("MAE only", "--text-mask 0"),
     "none": Arm("no stage 1, bidirectional", None),
     "causal": Arm("no stage 1, causal", None, "--attention causal"),
-    "control": Arm("stage 1 with next-token loss", "--objective next-token"),
-    "control-causal": Arm("the same, left causal", "--objective next-token",
+    "control": Arm("next-token stage 1", "--objective next-token"),
+    "control-causal": Arm("next-token stage 1, left causal", "--objective next-token",
                           "--attention causal"),
     "no-documents": Arm("no long documents", "", "--without long-document"),
     "no-text-pairs": Arm("no text-only pairs", "", "--without text-only"),
@@ -54,8 +54,8 @@ ARMS = {
     "half": Arm("half of stage 1's steps", "--steps 500"),
     "double": Arm("twice stage 1's steps", "--steps 2000"),
     "small": Arm("smaller model, both stages", small=True),
-    "small-none": Arm("smaller model, no stage 1", None, small=True),
-    "small-causal": Arm("smaller model, causal", None, "--attention causal", small=True),
+    "small-none": Arm("smaller model, no stage 1, bidirectional", None, small=True),
+    "small-causal": Arm("smaller model, no stage 1, causal", None, "--attention causal", small=True),
 }
 SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}  # for 160, 432, 5
 SMALL_VISION = {"hidden_size": 64, "intermediate_size": 176, "num_heads": 2, "out_hidden_size": 96}
@@ -155,7 +155,7 @@ def ablate(flags: Flags) -> None:
     print(f"recall@1, {' and '.join(SHOWN)}: mean over seeds (least to most)")
     for arm, seeds in results.items():
         columns = [recalls(seeds, task) for task in SHOWN]
-        print(f"{ARMS[arm].about:32s}", *(f"{values.mean():.3f} ({values.min():.3f} to "
+        print(f"{ARMS[arm].about:42s}", *(f"{values.mean():.3f} ({values.min():.3f} to "
                                           f"{values.max():.3f})  " for values in columns))
 
 
