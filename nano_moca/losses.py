@@ -18,7 +18,7 @@ pass can finish the backward pass there and then, for one chunk of rows after th
 
 and forget the logits. What stays are the two gradients; backward multiplies them by the number that
 arrives. Peak memory falls from about three times R x V to one chunk, for no extra matmul. What
-happens to a chunk's logits between the matmuls stands in kernels.py, once in PyTorch and once in
+happens to a chunk's logits between the matmuls is in kernels.py, once in PyTorch and once in
 Triton.
 
 Precision: matmuls in the model's dtype, softmax and errors in float32. The gradient of the head is
