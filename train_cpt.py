@@ -86,7 +86,7 @@ def train(flags: Flags) -> None:
     if not flags.mae_weight:
         flags = replace(flags, image_mask=0.0)  # a patch that counts nothing need not be hidden
     if flags.objective == "restore" and not flags.text_mask and not flags.image_mask:
-        raise MocaError("nothing is hidden, so there is nothing to learn: raise --text-mask, or "
+        raise MocaError("nothing is masked, so there is nothing to learn: raise --text-mask, or "
                         "--image-mask and --mae-weight")
     world = start(flags.device, flags.dtype)
     model, processor = load_model(flags, world, Restorer)

@@ -98,7 +98,7 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     attention = attention or trained.get("attention", "bidirectional")
     pooling = pooling or trained.get("pooling") or ("last" if attention == "causal" else "mean")
     if attention not in ("bidirectional", "causal") or pooling not in ("mean", "last"):
-        raise MocaError(f"attention is {attention!r} and pooling {pooling!r}: "
+        raise MocaError(f"{folder}: attention is {attention!r} and pooling {pooling!r}: "
                         "use bidirectional or causal, mean or last")
     processor = Processor.load(folder, config, min_pixels, max_pixels)
     dtype = dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32)

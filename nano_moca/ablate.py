@@ -4,9 +4,9 @@
 
 Each arm is both stages with other flags, over some seeds; all are judged on the same unseen scenes
 (`nano_moca.evaluate builtin`). A run of both stages takes about 15 minutes on one core. Finished
-runs are skipped, interrupted ones resume. Writes ablations.json
-(by arm and seed: minutes of training, and all scores) and ablations.png into --output. Notebook 6
-reads them beside the paper's own table.
+runs are skipped, interrupted ones resume. Writes ablations.json (by arm and seed: minutes of
+training, and all scores) and ablations.png into --output. Notebook 6 reads them beside the paper's
+own table.
 
 Two arms that the paper lacks separate the effect of reconstruction from that of more data: stage
 1's records and steps under the next-token loss, then fine-tuned bidirectionally, or left causal.
@@ -55,7 +55,7 @@ ARMS = {
     "double": Arm("twice stage 1's steps", "--steps 2000"),
     "small": Arm("smaller model, both stages", small=True),
     "small-none": Arm("smaller model, no stage 1, bidirectional", None, small=True),
-    "small-causal": Arm("smaller model, no stage 1, causal", None, "--attention causal", small=True),
+    "small-causal": Arm("smaller model, no stage 1, causal", None, "--attention causal", True),
 }
 SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}  # for 160, 432, 5
 SMALL_VISION = {"hidden_size": 64, "intermediate_size": 176, "num_heads": 2, "out_hidden_size": 96}
@@ -152,7 +152,7 @@ def ablate(flags: Flags) -> None:
             results = {arm: results[arm] for arm in ARMS if arm in results}  # in their order
             write_json(table, results)
             plot(output / "ablations.png", results)
-    print(f"recall@1, {' and '.join(SHOWN)}: mean over seeds (least to most)")
+    print(f"recall@1, {' and '.join(SHOWN)}: mean over seeds (minimum to maximum)")
     for arm, seeds in results.items():
         columns = [recalls(seeds, task) for task in SHOWN]
         print(f"{ARMS[arm].about:42s}", *(f"{values.mean():.3f} ({values.min():.3f} to "

@@ -5,10 +5,10 @@
 
 One model (if none is named, the nano base made wider, with random weights, about in the proportions
 of Qwen2.5-VL-3B), one process, the same batches, causal in both (as transformers computes it), the
-two taking turns. Three mixes of the built-in records: as they come; sorted by length
-before they are cut into batches, the best that padding can do for itself; and all of one length, so
-that nothing is padded. Only real tokens count. Before anything is timed the two have to compute the
-same hidden states. The last line says where our time goes.
+two taking turns. Three mixes of the built-in records: as they come; sorted by length before they
+are cut into batches, the best that padding can do for itself; and all of one length, so that
+nothing is padded. Only real tokens count. Before anything is timed the two have to compute the same
+hidden states. The last line says where our time goes.
 
 Left out: reading images, which both need, and making positions, which both are given.
 """

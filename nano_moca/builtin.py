@@ -5,8 +5,8 @@ texts are Python's own documentation. The miniature keeps the paper's premises, 
 nothing:
 
 - *Scenes* are compositional: four cells, each empty or one of 48 symbols in one of 8 colours, with
-  the caption "red anchor, blue star, nothing, yellow snowman". There are about 10^10, so test
-  scenes are new, and near twins as hard negatives (two cells swapped, one colour or one symbol
+  the caption "red anchor, blue star, nothing, yellow snowman". There are about 2 x 10^10, so
+  test scenes are new, and near twins as hard negatives (two cells swapped, one colour or one symbol
   changed) defeat a model that only knows which words occur.
 - The *base* model knows half of the symbols; stage 1 brings the others, unlabelled and in far
   greater number.

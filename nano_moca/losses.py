@@ -1,9 +1,9 @@
 """The losses of both stages.
 
-Stage 1 restores hidden words and patches: one fused function. Stage 2 pulls pairs together: InfoNCE
+Stage 1 restores masked words and patches: one fused function. Stage 2 pulls pairs together: InfoNCE
 over the batch of all ranks, and the gradient cache, at the end of this file.
 
-**Why logits eat memory.** The output layer compares every hidden token with all V = 151,936 words
+**Why logits eat memory.** The output layer compares every masked token with all V = 151,936 words
 of Qwen's vocabulary. For R = 8,192 tokens that is 5 GB of float32 logits; cross entropy keeps their
 log-softmax for the backward pass, and the gradients of both come on top of it.
 

@@ -49,10 +49,12 @@ def road_files() -> list[Path]:
 
 
 def test_the_first_sentence_counts_right() -> None:
-    """Its number of files and of lines."""
+    """Its number of files and of lines, and the lines beside the road."""
     files, lines = re.search(r"the (\d+) files .*? are ([\d,]+)\s+lines", README, re.S).groups()
     assert int(files) == len(road_files()) - len(SCRIPTS)
     assert int(lines.replace(",", "")) == sum(map(code_lines, road_files()))
+    beside = sum(code_lines(ROOT / "nano_moca" / name) for name in BESIDE)
+    assert f"another {beside} lines" in README
 
 
 def test_the_table_lists_every_file_with_its_lines() -> None:
@@ -89,7 +91,8 @@ def test_flags_exist() -> None:
 
 def test_no_line_is_too_long() -> None:
     """At most 100 characters a line of code."""
-    for path in [*road_files(), *(ROOT / "tests").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]:
+    for path in [*SCRIPTS, *(path for folder in ("nano_moca", "tests", "notebooks")
+                             for path in (ROOT / folder).glob("*.py"))]:
         lines = path.read_text(encoding="utf-8").splitlines()
         long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
         assert not long, f"{path}: lines {long}"

@@ -266,7 +266,7 @@ def test_no_patch_is_hidden(ablated: Callable) -> None:
 @pytest.mark.parametrize("flags", ["--text-mask 0 --image-mask 0", "--text-mask 0 --mae-weight 0"])
 def test_nothing_to_learn(ablated: Callable, flags: str) -> None:
     """Both objectives off is no run."""
-    with pytest.raises(MocaError, match="nothing is hidden"):
+    with pytest.raises(MocaError, match="nothing is masked"):
         ablated(*flags.split())
 
 
@@ -297,6 +297,14 @@ def test_next_token(ablated: Callable, tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores and not any("restored" in name or "error" in name for name in scores)
     assert not (tmp_path / "run" / "reconstruction.png").exists()
+
+
+def test_a_model_says_how_it_was_trained(ablated: Callable, plain: Path, tmp_path: Path) -> None:
+    """Bidirectionally, or causally for the control; what the model begun with said is gone."""
+    ablated("--objective", "next-token", "--steps", "1")
+    for folder, attention in ((plain, "bidirectional"), (tmp_path / "run", "causal")):
+        config = json.loads((folder / "model" / "config.json").read_text())
+        assert config["nano_moca"] == {"attention": attention}
 
 
 @pytest.mark.parametrize("record", [

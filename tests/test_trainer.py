@@ -67,6 +67,15 @@ def test_flags_that_fit() -> None:
     assert flags == Flags("there", 3, 1.0, "two", "cpu", True) and type(flags.share) is float
 
 
+def test_help_shows_defaults_that_say_something(capsys: pytest.CaptureFixture) -> None:
+    """Numbers, zero among them, and names; neither None nor False."""
+    with pytest.raises(SystemExit):
+        parse_flags(CommonFlags, ["--help"], "About.")
+    text = " ".join(capsys.readouterr().out.split())  # however wide the terminal
+    assert "(default: 1000)" in text and "masks and new weights (default: 0)" in text
+    assert "None" not in text and "False" not in text
+
+
 @pytest.mark.parametrize("words", [
     "--unknown 1", "--some 3", "--some-steps 0", "--some-steps x", "--some-steps 1.5",
     "--some-steps", "--share 1.5", "--share -0.1", "--share nan", "--kind three", "--place tpu",
