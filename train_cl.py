@@ -1,13 +1,21 @@
-"""Stage 2 of MoCa: heterogeneous contrastive fine-tuning. `torchrun train_cl.py`, or with python.
+"""Stage 2 of MoCa: heterogeneous contrastive fine-tuning (`torchrun train_cl.py`).
 
-The bidirectional model becomes an embedder: a query q is pulled towards its positive p, and away
-from the other positives of the batch and from its own hard negatives (near misses),
+The bidirectional model becomes an embedder: a query q is pulled towards its
+positive p, and away from the other positives of the batch and from its own hard
+negatives (near misses),
 
     loss = -log(exp(cos(q, p) / t) / sum over c of exp(cos(q, c) / t))   (section 3.2)
 
-where c runs over p and all of these. There are three kinds of pairs (long documents, image and
-text, text only), and each step takes a single task.
-Without flags it goes on from stage 1's output, or from the nano base if there is none.
+where c runs over p and all of those negatives. There are three kinds of pairs (long
+documents, image and text, text only), and each step takes a single task. Without flags
+it goes on from stage 1's output, or from the nano base if there is none.
+
+All embeddings have to be there before the loss can be taken, and with large batches
+their activations do not fit into memory. But what lies below an embedding needs nothing
+of the others. So the gradient cache (`--chunk`; GradCache, arXiv 2101.06983) embeds
+twice: first without a graph, to get the loss and its gradient at each embedding; then
+chunk by chunk with a graph, to go on backward from there. (No dropout: both times are
+the same.) The letters of all shapes stand in nano_moca/__init__.py.
 """
 
 import time
@@ -16,25 +24,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano_moca import Moca  # before torch, because it sets OMP_WAIT_POLICY
-from nano_moca.config import BASE, MocaError, write_json
-from nano_moca.data import KINDS, Pair, PairBatches, load_tasks
-from nano_moca.evaluate import plot_retrieval, plot_similarity, rank_pairs
-from nano_moca.losses import backward_through_cache, info_nce
-from nano_moca.processor import Encoded
-from nano_moca.trainer import (
-    CommonFlags, World, begin, end, flag, load_model, parse_flags, plot_losses, prefetch, run,
-    save_step, skip_list, start, update,
-)
+from nano_moca.batch import KINDS, EncodedRecord, Pair
+from nano_moca.batches import PairBatches, prefetch
+from nano_moca.checkpoint import save_model
+from nano_moca.config import BASE
+from nano_moca.data import load_tasks
+from nano_moca.distributed import init_distributed, shard
+from nano_moca.files import MocaError
+from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
+from nano_moca.losses import info_nce
+from nano_moca.model import POOLINGS, VLM
+from nano_moca.processor import Processor
+from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
+    print_plan, resume, save_progress, skip_list, update)
+from nano_moca.weights import empty_model, load_weights
+import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
-REPORT_PAIRS = 200  # of each task, for the report at the end
 
 
 @dataclass
 class Flags(CommonFlags):
-    """Stage 2's own flags, and other defaults for some that both scripts have."""
+    """Stage 2's own flags, and other defaults for some that both scripts have (see
+    nano_moca/flags.py)."""
 
     model: str = flag(str(STAGE_1 if STAGE_1.is_dir() else BASE), "a folder or a hub id: "
                       "stage 1's output, or the nano base if there is none")
@@ -48,7 +62,7 @@ class Flags(CommonFlags):
     chunk: int = flag(0, "records embedded at once (gradient cache); 0: all", low=0)
     hard_negatives: int = flag(2, "at most this many per query", low=0)
     temperature: float = flag(0.03, "what cosines are divided by", low=1e-4, high=10)
-    pooling: str = flag(None, "default: mean; last if causal", choices=("mean", "last"))
+    pooling: str = flag(None, "default: mean; last if causal", choices=POOLINGS)
     task_batches: str = flag("on", "on: one task per step; off: mixed", choices=("on", "off"))
     alpha: float = flag(1.0, "a task's share of steps goes with size ** alpha", low=0, high=10)
     without: str = flag(None, "a kind of pairs to leave out", choices=KINDS)
@@ -57,83 +71,124 @@ class Flags(CommonFlags):
 
 def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequence[Pair]]:
     """The tasks that the flags ask for; with --task-batches off, all in one."""
-    tasks = {name: task for name, task in load_tasks(flags.data, flags.seed, unusable).items()
-             if task.kind != flags.without}
+    tasks = load_tasks(flags.data, flags.seed, unusable)
+    tasks = {name: task for name, task in tasks.items() if task.kind != flags.without}
     if not tasks:
         raise MocaError(f"{flags.data} holds no pairs to learn from: see --data and --without")
-    return tasks if flags.task_batches == "on" else {"mixed": ConcatDataset(tasks.values())}
+    if flags.task_batches == "off":
+        return {"mixed": ConcatDataset(tasks.values())}
+    return tasks
 
 
-def finish(flags: Flags, world: World, moca: Moca, lines: list[dict]) -> None:
-    """Rank held-out pairs, draw the pictures, and say what was learned."""
-    output, scores, rankings = Path(flags.output), {}, {}
-    held_out = flags.held_out or ("builtin:development" if flags.data == "builtin" else flags.data)
-    try:  # on all ranks, for sharded models
-        for name, task in load_tasks(held_out, 0, [] if skip_list(flags, world) else None).items():
-            pairs = [task[i] for i in range(min(REPORT_PAIRS, len(task)))]
-            rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
-            scores[name] = rankings[name].scores()
-        if world.main:
-            plot_retrieval(output / "retrieval.png", rankings)
-            plot_similarity(output / "similarity.png", rankings)
-    except MocaError as error:  # the model is saved already: a bad pair only costs the report
-        if world.main:
-            print(f"no report on {held_out}: {error}", flush=True)
-    if world.main:
-        plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
-        write_json(output / "scores.json", {"pairs": held_out, "tasks": scores})
-        print(f"ranked: pairs of {held_out}{', learned from' * (held_out == flags.data)}")
-        for name, task in scores.items():
-            print(f"{name:>24s} ", ", ".join(f"{key} {task[key]:.3g}" for key in task))
-        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+def embed_chunk(model: VLM, processor: Processor, chunk: list[EncodedRecord],
+                filler: EncodedRecord, causal: bool, pooling: str) -> Tensor:
+    """Unit vectors [records of the chunk, D] float32. A rank whose chunk is
+    empty runs the filler and drops its vector: under FSDP all must take part in
+    each forward pass."""
+    batch = processor.pack(chunk or [filler]).to(model.head.device)
+    return model.embed(batch, causal, pooling)[: len(chunk)]
 
 
 def train(flags: Flags) -> None:
     """The whole of stage 2: build, loop, save, report."""
-    world = start(flags.device, flags.dtype)
-    model, processor = load_model(flags, world)
-    skipped = skip_list(flags, world)
-    unusable = [] if skipped else None  # what is wrong with lines that say no task
-    batches = PairBatches(load_pairs(flags, unusable), processor, flags.batch, flags.max_tokens,
-                          flags.hard_negatives, flags.seed, flags.alpha, world.rank, world.size,
-                          skipped, unusable or ())
     causal = flags.attention == "causal"
     pooling = flags.pooling or ("last" if causal else "mean")
-    model.config.raw["nano_moca"] = {"attention": flags.attention, "pooling": pooling}  # is saved
-    about = (f"{flags.batch} pairs ({batches.steps} steps an epoch: {batches.counts}), "
-             f"{flags.attention} attention, {pooling} pooling")
-    optimizer, log, done = begin(flags, world, model, batches, about)
+    output = Path(flags.output)
 
-    def embed(items: list[Encoded]) -> Tensor:  # [items, D]
-        batch = processor.pack(items or [drawn.spare]).to(world.device)
-        return model.embed(batch, causal, pooling)[: len(items)]
+    # The model: shapes without memory at first; then each rank allocates and reads its
+    # part of each block, and of the root, to which all else belongs.
+    world = init_distributed(flags.device, flags.dtype)
+    folder, config, processor = open_checkpoint(flags)
+    model = empty_model(config)
+    shard(model, [*model.visual.blocks, *model.language.layers], world)
+    load_weights(model, folder, processor.new_mask_token)
+    model.run_vision_always = True  # in a batch without images too, as in train_cpt.py
+    model.set_checkpointing(flags.checkpointing)
 
-    def loss(vectors: Tensor) -> Tensor:  # [n + n + M, D]: queries, positives, hard negatives
-        n = len(drawn.mine)
-        share, right = info_nce(*vectors.split([n, n, len(vectors) - 2 * n]),
-                                drawn.mine.to(world.device), drawn.forbidden.to(world.device),
-                                flags.temperature)
-        figures[:] = share.item(), right.item()
-        # FSDP averages gradients over the ranks, and ours have to add up
-        return world.size * share
+    # The data: every rank draws the same pairs, and takes its share of each step.
+    skipped = skip_list(flags, world)
+    unusable: list[MocaError] = []  # lines that name no task, to be listed; else they stop us
+    tasks = load_pairs(flags, unusable if skipped else None)
+    batches = PairBatches(tasks, processor, flags.batch, flags.max_tokens,
+        flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
+        world_size=world.size, skipped=skipped, unusable=unusable)
 
-    figures = [0.0, 0.0]  # this rank's share of the loss, and how many queries were right
-    loader, seen = prefetch(batches.__next__), batches.state
+    # Begin, or go on where the checkpoint in --output was written.
+    optimizer = make_optimizer(model, flags.learning_rate)
+    saved = resume(flags, world, model, optimizer, batches)
+    done = saved["step"] if saved else 0
+    step_contents = (f"{flags.batch} pairs ({batches.steps} steps an epoch: {batches.counts}), "
+                     f"{flags.attention} attention, {pooling} pooling")
+    print_plan(flags, world, model, done, step_contents)
+    log = Log(output / "log.jsonl", world, flags.steps, saved)
+
+    # `batches` is a step ahead of what was learned: `data_state` says where to go on.
+    data_state = batches.state
+    loader = prefetch(batches)
     for step in range(done + 1, flags.steps + 1):
-        began = time.perf_counter()
+        started = time.perf_counter()
+
+        # 1. This rank's pairs: n queries, n positives, M hard negatives, cut into chunks. All
+        #    ranks have equally many chunks, so that all cache or none does.
         drawn = next(loader)
-        seen = drawn.state
-        backward_through_cache(embed, drawn.chunks(flags.chunk), loss)
-        whole, right = world.total(*figures)
-        moved = update(step, whole, flags, model, optimizer, [item.source for item in drawn.items])
-        log.write({"step": step, "loss": whole, "task": drawn.task, "accuracy": right / drawn.batch,
-                   **moved, "tokens": drawn.tokens,
-                   "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
-        save_step(step, flags, world, model, optimizer, seen, log)
-    end(flags, world, model, processor, log, loader, seen)
-    moca = Moca(model, processor, flags.attention, pooling, flags.max_tokens)
-    finish(flags, world, moca, log.lines)
+        data_state = drawn.state
+        chunks = drawn.chunks(flags.chunk)
+        cached = len(chunks) > 1
+
+        # 2. Embed them all. If the gradient is to be cached, no graph is kept: the vectors
+        #    are where backward stops for now.
+        chunk_vectors = []
+        for chunk in chunks:
+            with torch.set_grad_enabled(not cached):
+                chunk_vectors.append(
+                    embed_chunk(model, processor, chunk, drawn.filler, causal, pooling))
+        vectors = torch.cat(chunk_vectors)  # [n + n + M, D]
+        if cached:
+            vectors.requires_grad_()
+
+        # 3. The loss over the pairs of all ranks, and backward: to the weights, or to the
+        #    vectors. FSDP averages the gradients of the ranks, and ours have to add up.
+        n = len(drawn.local_index)
+        queries, positives, negatives = vectors.split([n, n, len(vectors) - 2 * n])
+        loss, right = info_nce(
+            queries, positives, negatives, drawn.local_index.to(world.device),
+            drawn.excluded.to(world.device), flags.temperature)
+        (world.size * loss).backward()
+
+        # 4. With a cache: embed each chunk again, now with a graph, and go on backward from
+        #    the gradient at its vectors. One chunk's activations are in memory at a time.
+        if cached:
+            gradients = vectors.grad.split([len(chunk) for chunk in chunks])
+            for chunk, gradient in zip(chunks, gradients, strict=True):
+                vectors = embed_chunk(model, processor, chunk, drawn.filler, causal, pooling)
+                vectors.backward(gradient)
+
+        # 5. The loss of the whole step, over all ranks. Then clip the gradients; stop if loss
+        #    or norm is not finite, and name the step's records; set this step's learning
+        #    rate; AdamW's step; gradients to zero.
+        step_loss, right_count = world.total(loss.item(), right.item())
+        sources = [record.source for record in drawn.records]
+        figures = update(step, step_loss, flags, model, optimizer, sources)
+
+        # 6. Every rank saves its part of the checkpoint, the main rank writes the log.
+        seconds = time.perf_counter() - started
+        log.write({"step": step, "loss": step_loss, "task": drawn.task,
+                   "accuracy": right_count / drawn.batch, **figures, "tokens": drawn.tokens,
+                   "tokens_per_second": drawn.tokens / seconds})
+        if step % flags.save_every == 0 or step == flags.steps:
+            save_progress(step, flags, world, model, optimizer, data_state, log)
+
+    close_run(flags, world, log, loader, data_state)
+    save_model(output / "model", world, model, processor,
+               {"attention": flags.attention, "pooling": pooling})
+
+    # What was learned, on held-out pairs.
+    if not flags.no_report:
+        from nano_moca.report import stage2  # imported here: training needs none of it
+
+        moca = Moca(model, processor, flags.attention, pooling, flags.max_tokens)
+        stage2.write_report(flags, world, moca, log.lines)
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse_flags(Flags, None, __doc__)))
+    main_guard(lambda: train(parse_flags(Flags, None, __doc__)))

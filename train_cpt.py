@@ -1,38 +1,43 @@
-"""Stage 1 of MoCa: modality-aware continual pre-training. `torchrun train_cpt.py`, or with python.
+"""Stage 1 of MoCa: modality-aware continual pre-training (`torchrun train_cpt.py`).
 
-A causal vision-language model is made bidirectional and learns to reconstruct masked tokens (masked
-language modelling, MLM) and masked image patches (masked autoencoding, MAE):
+A causal vision-language model is made bidirectional and learns to restore masked
+tokens (masked language modelling, MLM) and masked image patches (masked
+autoencoding, MAE):
 
-    loss = MLM + mae_weight * MAE     (section 3.1; 0.5 is best in the paper, its script has 0.1)
+    loss = MLM + mae_weight * MAE     (section 3.1)
 
-Without flags it starts from the nano base and the built-in data, and takes minutes on a laptop.
-`--objective next-token` is the control: the same data under the causal next-token loss.
+The weight is 0.5, the paper's best; the released script has 0.1
+(scripts/cpt_train.sh:56). Without flags it starts from the nano base and the built-in
+data, and takes minutes on a laptop. `--objective next-token` is the control: the same
+data under the causal next-token loss. The letters of all shapes stand in
+nano_moca/__init__.py.
 """
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from nano_moca.config import MocaError, write_json
-from nano_moca.data import Draw, TokenBatches, load_records
-from nano_moca.losses import masked_reconstruction_loss
-from nano_moca.masking import Corruption, corrupt, next_token
-from nano_moca.model import Restorer
+from nano_moca.batches import StepRecords, TokenBatches, prefetch
+from nano_moca.checkpoint import save_model
+from nano_moca.data import load_records
+from nano_moca.distributed import init_distributed, shard
+from nano_moca.files import MocaError
+from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
+from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
+from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
-from nano_moca.report import cross_modal_report, plot_restorations
-from nano_moca.trainer import (
-    CommonFlags, World, begin, end, flag, load_model, parse_flags, plot_losses, prefetch, run,
-    save_step, skip_list, start, update,
-)
-
-REPORT_TOKENS = 8192  # of unseen records, for the report at the end
+from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
+    print_plan, resume, save_progress, skip_list, update)
+from nano_moca.weights import empty_model, load_weights
 
 
 @dataclass
 class Flags(CommonFlags):
-    """Stage 1's own flags, beside those that both scripts have. The README has recipes for 3B."""
+    """Stage 1's own flags. Those that both scripts have, such as --steps,
+    --learning-rate and --attention, are in nano_moca/flags.py. The README
+    has recipes for 3B."""
 
     batch_tokens: int = flag(1000, "tokens per step over all ranks", low=1)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
@@ -43,94 +48,129 @@ class Flags(CommonFlags):
     mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0)
 
 
-def micro_batches(draw: Draw, processor: Processor, flags: Flags) -> list[Corruption]:
-    """One corrupted micro-batch per part of the draw; seed and record decide what is masked."""
-    batches = [processor.pack([item for _, item in part]) for part in draw.parts]
-    if flags.objective == "next-token":
-        return [next_token(batch, processor) for batch in batches]
-    rates = flags.text_mask, flags.image_mask
-    keys = [[(flags.seed, number) for number, _ in part] for part in draw.parts]
-    return [corrupt(b, processor, *rates, k) for b, k in zip(batches, keys, strict=True)]
+def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags
+                 ) -> Iterator[tuple[StepRecords, list[MaskedBatch]]]:
+    """Draw, pack and mask: each step's records for this rank, and its micro-batches."""
+    for drawn in batches:
+        micro_batches = []
+        for numbered in drawn.micro_batches:
+            batch = processor.pack([record for _, record in numbered])
 
-
-def finish(flags: Flags, world: World, model: Restorer, processor: Processor,
-           batches: TokenBatches, lines: list[dict], causal: bool) -> None:
-    """Draw the pictures and say what was learned, on the records that would have come next."""
-    output, tenth = Path(flags.output), max(1, len(lines) // 10)
-    parts = {"first": lines[:tenth], "last": lines[-tenth:]}
-    scores = {f"{name}, {when} tenth": sum(line[name] for line in part) / tenth
-              for name in ("mlm_loss", "mae_loss") for when, part in parts.items()}
-    # every rank draws the same records; unusable ones are not listed, since no step used them
-    batches.skipped = batches.skipped and Path(os.devnull)
-    batches.rank, batches.world, batches.accumulate, batches.budget = 0, 1, 1, REPORT_TOKENS
-    try:
-        items = [item for item in next(batches).parts[0] if item[1].grids]
-        if items and flags.objective == "restore":
-            scores |= cross_modal_report(model, processor, items, flags, world, causal)
-            shown = [item for item in items if len(item[1].grids) == 1][:8]
-            if shown:
-                path = output / "reconstruction.png"
-                plot_restorations(path, model, processor, shown, flags, world, causal)
-    except MocaError as error:  # the model is saved already: a bad record only costs the report
-        print(f"no report on unseen records: {error}", flush=True)
-    if world.main:
-        plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
-        write_json(output / "scores.json", scores)
-        for name, value in scores.items():
-            print(f"{name:>42s}  " + ("not measured" if value is None else f"{value:.3f}"))
-        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+            # The seed and a record's number in the run decide what of it is masked: the
+            # next epoch masks something else.
+            keys = [(flags.seed, number) for number, _ in numbered]
+            if flags.objective == "next-token":
+                masked = next_token_batch(batch, processor)
+            else:
+                masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, keys)
+            micro_batches.append(masked)
+        yield drawn, micro_batches
 
 
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
+    # An ablation turns a loss off by masking nothing for it. A patch that counts
+    # nothing need not be masked either.
     if not flags.mae_weight:
-        flags = replace(flags, image_mask=0.0)  # a patch that counts nothing need not be hidden
+        flags = replace(flags, image_mask=0.0)
     if flags.objective == "restore" and not flags.text_mask and not flags.image_mask:
         raise MocaError("nothing is masked, so there is nothing to learn: raise --text-mask, or "
                         "--image-mask and --mae-weight")
-    world = start(flags.device, flags.dtype)
-    model, processor = load_model(flags, world, Restorer)
-    model.patch_decoder.start_from(model.vlm.language, flags.seed)
-    batches = TokenBatches(
-        load_records(flags.data, flags.seed), processor, flags.batch_tokens, flags.max_tokens,
-        flags.seed, world.rank, world.size, flags.accumulate, skip_list(flags, world))
     causal = flags.attention == "causal" or flags.objective == "next-token"
     attention = "causal" if causal else "bidirectional"
-    model.vlm.config.raw["nano_moca"] = {"attention": attention}  # saved with the model
-    about = f"{flags.batch_tokens:,} tokens, {attention} attention"
-    optimizer, log, done = begin(flags, world, model, batches, about)
+    output = Path(flags.output)
 
-    def draw() -> tuple[Draw, list[Corruption]]:
-        drawn = next(batches)
-        return drawn, micro_batches(drawn, processor, flags)
+    # The model: shapes without memory at first; then each rank allocates and reads its
+    # part of each block, and of the root, to which all else belongs.
+    world = init_distributed(flags.device, flags.dtype)
+    folder, config, processor = open_checkpoint(flags)
+    vlm = empty_model(config)
+    model = ReconstructionModel(vlm)
+    shard(model, [*vlm.visual.blocks, *vlm.language.layers], world)
+    load_weights(vlm, folder, processor.new_mask_token)
+    model.patch_decoder.init_from(vlm.language, flags.seed)
 
-    loader, seen = prefetch(draw), batches.state
+    # A batch may hold no image. The vision tower runs all the same: under FSDP all
+    # ranks have to. And alone too, for AdamW skips weights that have no gradient at
+    # all, so that one rank would train otherwise than two.
+    vlm.run_vision_always = True
+    vlm.set_checkpointing(flags.checkpointing)
+
+    # The data: every rank draws the same records, and takes its share of each step.
+    records = load_records(flags.data, flags.seed)
+    skipped = skip_list(flags, world)
+    batches = TokenBatches(
+        records, processor, flags.batch_tokens, flags.max_tokens, flags.seed,
+        rank=world.rank, world_size=world.size, accumulate=flags.accumulate, skipped=skipped)
+
+    # Begin, or go on where the checkpoint in --output was written.
+    optimizer = make_optimizer(model, flags.learning_rate)
+    saved = resume(flags, world, model, optimizer, batches)
+    done = saved["step"] if saved else 0
+    contents = f"{flags.batch_tokens:,} tokens, {attention} attention"
+    print_plan(flags, world, model, done, contents)
+    log = Log(output / "log.jsonl", world, flags.steps, saved)
+
+    # `batches` is a step ahead of what was learned: `data_state` says where to go on.
+    data_state = batches.state
+    loader = prefetch(masked_steps(batches, processor, flags))
     for step in range(done + 1, flags.steps + 1):
-        began = time.perf_counter()
-        drawn, parts = next(loader)
-        seen = drawn.state
-        # divided by the counts of the whole step, so neither ranks nor --accumulate change it
-        mlm_count, mae_count = world.total(sum(len(part.labels) for part in parts),
-                                           sum(len(part.target) for part in parts))
-        loss = partial(masked_reconstruction_loss, mlm_count=mlm_count, mae_count=mae_count)
-        mlm_sum = mae_sum = 0.0
-        for part in parts:
-            mlm, mae = model(part.to(world.device), causal, loss)
-            # FSDP averages gradients over the ranks, and ours have to add up
-            (world.size * (mlm + flags.mae_weight * mae)).backward()
-            mlm_sum, mae_sum = mlm_sum + mlm.item(), mae_sum + mae.item()
+        started = time.perf_counter()
+
+        # 1. This rank's records, packed and masked, in micro-batches.
+        drawn, micro_batches = next(loader)
+        data_state = drawn.state
+
+        # 2. What the losses are divided by: the masked tokens and groups of the whole step,
+        #    so that neither the number of ranks nor --accumulate, which cut the step into
+        #    more and smaller parts, change it.
+        masked_tokens = sum(len(masked.labels) for masked in micro_batches)
+        masked_groups = sum(len(masked.target) for masked in micro_batches)
+        mlm_count, mae_count = world.total(masked_tokens, masked_groups)
+
+        # 3. Forward and backward. FSDP averages the gradients of the ranks, and ours have to
+        #    add up: hence the factor.
+        mlm_sum = 0.0
+        mae_sum = 0.0
+        for masked in micro_batches:
+            mlm, mae = model(masked.to(world.device), causal, mlm_count, mae_count)
+            loss = mlm + flags.mae_weight * mae
+            (world.size * loss).backward()
+            mlm_sum += mlm.item()
+            mae_sum += mae.item()
+
+        # 4. The losses of the whole step, over all ranks.
         mlm_loss, mae_loss = world.total(mlm_sum, mae_sum)
-        whole = mlm_loss + flags.mae_weight * mae_loss
-        sources = [source for part in parts for source in part.batch.sources]
-        moved = update(step, whole, flags, model, optimizer, sources)
-        log.write({"step": step, "loss": whole, "mlm_loss": mlm_loss, "mae_loss": mae_loss, **moved,
-                   "tokens": drawn.tokens,
-                   "tokens_per_second": drawn.tokens / (time.perf_counter() - began)})
-        save_step(step, flags, world, model, optimizer, seen, log)
-    end(flags, world, model.vlm, processor, log, loader, seen)
-    batches.state = seen
-    finish(flags, world, model, processor, batches, log.lines, causal)
+        step_loss = mlm_loss + flags.mae_weight * mae_loss
+
+        # 5. Clip the gradients; stop if loss or norm is not finite, and name the step's
+        #    records; set this step's learning rate; AdamW's step; gradients to zero.
+        sources = []
+        for masked in micro_batches:
+            sources += masked.batch.sources
+        figures = update(step, step_loss, flags, model, optimizer, sources)
+
+        # 6. Every rank saves its part of the checkpoint, the main rank writes the log.
+        seconds = time.perf_counter() - started
+        log.write({"step": step, "loss": step_loss, "mlm_loss": mlm_loss,
+                   "mae_loss": mae_loss, **figures, "tokens": drawn.tokens,
+                   "tokens_per_second": drawn.tokens / seconds})
+        if step % flags.save_every == 0 or step == flags.steps:
+            save_progress(step, flags, world, model, optimizer, data_state, log)
+
+    close_run(flags, world, log, loader, data_state)
+    save_model(output / "model", world, vlm, processor, {"attention": attention})
+
+    # What was learned, on the records that would have come next: on all ranks the same,
+    # and without listing those that cannot be used, for no step used them.
+    if not flags.no_report:
+        from nano_moca.report import stage1  # imported here: training needs none of it
+
+        unlisted = Path(os.devnull) if skipped else None
+        unseen = TokenBatches(records, processor, stage1.REPORT_TOKENS, flags.max_tokens,
+                              flags.seed, skipped=unlisted, state=data_state)
+        stage1.write_report(flags, world, model, processor, unseen, log.lines, causal)
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse_flags(Flags, None, __doc__)))
+    main_guard(lambda: train(parse_flags(Flags, None, __doc__)))

@@ -1,106 +1,111 @@
-"""nano_moca: how a generative vision-language model becomes a bidirectional multimodal encoder.
+"""nano_moca: how a generative vision-language model becomes a multimodal encoder.
+
+A vision-language model (VLM) reads from left to right and writes text. MoCa (arXiv
+2506.23115) makes of it a model that reads in both directions and maps texts, images
+and pages to vectors, such that what belongs together lies close together. Stage 1,
+continual pre-training, lets it reconstruct masked text and masked image patches; stage
+2, contrastive fine-tuning, pulls queries towards what they should find.
 
     import nano_moca
     moca = nano_moca.load("path or hub id")
-    vectors = moca.embed(["a cat", {"text": nano_moca.MARK + "a photo", "images": [image]}])
+    photo = {"text": nano_moca.MARK + "a photo", "images": [image]}
+    vectors = moca.embed(["a cat", photo])
 
-Reading order: config, attention, vision, language, model, weights, processor, masking, kernels,
-losses, data, trainer, report, this file, and then the training loops in train_cpt.py and
-train_cl.py (which ranks its held-out pairs by evaluate.py).
+Reading order. First the two stages and what is special to MoCa:
+
+    train_cpt.py     stage 1 in one loop
+    masking.py       what is masked, and what has to be predicted
+    model.py         vision tower, decoder, both as one VLM, the patch decoder
+    losses.py        MLM and MAE loss, InfoNCE
+    train_cl.py      stage 2 in one loop, with its gradient cache
+
+then what they stand on:
+
+    attention.py     softmax(q k / sqrt(d)) v over packed records, causal or not
+    kernels.py       the cross entropy of masked tokens on a GPU
+    processor.py     text and images to tokens and patches
+    batch.py         the shapes of data: Record, Pair, Batch
+    batches.py       which records a step takes, and on which rank
+    data.py          files to records and pairs
+    weights.py       checkpoints in and out
+    config.py        a model's sizes
+    distributed.py   ranks, and parameters divided among them
+    flags.py, checkpoint.py, trainer.py     the surroundings of a loop
+    embedder.py      a trained model in use
+    files.py         errors, JSON, folders that survive a crash
+
+and beside the road: report/ (the pictures and scores at the end of a run), builtin/
+(the data and the base model that come with the code), evaluate/ (benchmarks),
+ablate.py, benchmark.py.
+
+Glossary. A shape in a comment, such as [T, D], uses these letters:
+
+    N    records in a batch
+    T    tokens of a batch, all records end to end
+    L    tokens of one record
+    I    images in a batch
+    P    patches of all images; 14 x 14 pixels in two frames, so 1176 values each
+    p    side of a patch in pixels, 14
+    J    image tokens: 2 x 2 patches are merged into one token, so J = P / 4
+    R    masked text tokens
+    r    masked text tokens in one chunk of the fused loss
+    G    masked groups: image tokens whose 4 patches were masked, 4704 values each
+    V    vocabulary: rows of the embedding and of the output head
+    D    width of the decoder, and of the embeddings
+    E    width of the vision tower
+    H    query heads of an attention layer
+    K    key and value heads; H / K query heads share one of them
+    d    width of one head
+    W    ranks
+    s    sequences of one length, which attention computes together
+    B    pairs of a step over all ranks
+    n    pairs of a step on this rank
+    M    hard negatives of a step on this rank
+    Q    queries of a ranking
+    C    candidates of a ranking
+
+What the paper gives a symbol or a name:
+
+    section 3.1, modality-aware continual pre-training (stage 1)
+    MLM    masked language modelling: cross entropy at the R masked tokens
+    MAE    masked autoencoding: squared error at the G masked groups
+    w      weight of the MAE loss, --mae-weight: loss = MLM + w * MAE
+    section 3.2, heterogeneous contrastive fine-tuning (stage 2)
+    q      query
+    d+     its positive: what it should find
+    d-     a negative: another query's positive, or one of its own hard negatives
+    tau    what cosines are divided by in the loss (InfoNCE), --temperature
+
+Docstrings point to the released code, github.com/haon-chen/MoCa, by file and line of its
+commit 46ecad8 (of 65af536 for src/dataset.py, of 8285921 for src/trainer.py).
+
+Words, one meaning each:
+
+    record         one item: a text with a mark for each of its images, and the images
+    pair           a query, its positive and its hard negatives: three kinds of records
+    group          2 x 2 neighbouring patches of an image
+    image token    the token that stands for one group
+    masked         replaced in the input, and to be predicted: by the mask token (text)
+                   or by noise (a group)
+    hidden state   what the decoder makes of a token, [D]; never a masked thing
+    rank           one of the W processes of a run
+    step           one update of the weights
+    micro-batch    what a rank runs forward and backward at once; --accumulate of them
+                   make its share of a stage 1 step
+    chunk          a part that is computed at once to bound memory: tokens of the fused
+                   loss, or records of the gradient cache
+    index          an int64 tensor that selects entries of another, as in x[index]
+    source         where a record came from, such as a file and a line; named in errors
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-# Before torch is loaded: threads that spin while they wait slow a busy machine down tenfold.
+# Before torch is loaded: threads that spin while they wait slow a busy machine down
+# tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from nano_moca.config import MocaError, load_config
-from nano_moca.data import make_record
-from nano_moca.model import VLM
-from nano_moca.processor import MARK, Processor, Record
-from nano_moca.weights import build, find_checkpoint, stored_dtype
+from nano_moca.batch import MARK, Record
+from nano_moca.embedder import Moca, as_records, load
+from nano_moca.files import MocaError
 
 __all__ = ["MARK", "Moca", "MocaError", "Record", "as_records", "load"]
-TOKENS_AT_ONCE = 8192  # a forward pass's budget: items are packed up to it
-
-
-@dataclass
-class Moca:
-    """A model and its processor, with how hidden states become embeddings."""
-
-    model: VLM
-    processor: Processor
-    attention: str = "bidirectional"
-    pooling: str = "mean"
-    max_tokens: int | None = None  # longer texts are shortened to it
-
-    @torch.inference_mode()
-    def embed(self, items: Sequence[str | dict | Record]) -> Tensor:
-        """Unit vectors [N, D], float32 on the CPU, in the items' order.
-
-        An item is a text, or {"text": ..., "images": [paths, bytes or PIL images]} with one mark
-        `<|vision_start|><|image_pad|><|vision_end|>` in the text per image. MocaError names an item
-        that cannot be used.
-        """
-        encoded = [self.processor.encode(record, self.max_tokens) for record in as_records(items)]
-        ends = np.cumsum([len(item.tokens) for item in encoded]) // TOKENS_AT_ONCE
-        vectors = [torch.empty(0, self.model.config.width)]
-        for part in np.unique(ends):
-            items = [item for item, end in zip(encoded, ends, strict=True) if end == part]
-            batch = self.processor.pack(items).to(self.model.head.device)
-            vectors.append(self.model.embed(batch, self.attention == "causal", self.pooling).cpu())
-        return torch.cat(vectors)
-
-    def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
-        """What a causal model says next, greedily, up to its end token or `steps` tokens."""
-        records = as_records(items)
-        if not records:
-            return []
-        batch = self.processor.batch(records).to(self.model.head.device)
-        tokens = self.model.greedy(batch, steps, self.processor.end_token)
-        return [self.processor.tokenizer.decode(t, skip_special_tokens=False) for t in tokens]
-
-
-def as_records(items: Sequence[str | dict | Record]) -> list[Record]:
-    """Texts, {"text", "images"} objects and records, as records."""
-    if isinstance(items, (str, dict, Record)):
-        raise MocaError("one item alone: give a list of items, [item]")
-    return [item if isinstance(item, Record) else
-            make_record({"text": item} if isinstance(item, str) else item, None, f"item {number}")
-            for number, item in enumerate(items)]
-
-
-def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
-         dtype: torch.dtype | None = None, attention: str | None = None,
-         pooling: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
-         ) -> Moca:
-    """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
-
-    device: default CUDA if there is one. dtype: default float32 on CPU, the checkpoint's own on
-    CUDA. attention: "bidirectional" or "causal", pooling: "mean" or "last"; default: what the model
-    was trained with (our scripts write it into config.json), else bidirectional, and the mean, or
-    if causal the last token. The pixel limits of images are the checkpoint's unless given.
-    MocaError says what is wrong with the files.
-    """
-    folder = find_checkpoint(path_or_hub_id)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MocaError(f"no CUDA device is visible for {device}: use cpu")
-    config = load_config(folder)
-    trained = config.raw.get("nano_moca", {})
-    attention = attention or trained.get("attention", "bidirectional")
-    pooling = pooling or trained.get("pooling") or ("last" if attention == "causal" else "mean")
-    if attention not in ("bidirectional", "causal") or pooling not in ("mean", "last"):
-        raise MocaError(f"{folder}: attention is {attention!r} and pooling {pooling!r}: "
-                        "use bidirectional or causal, mean or last")
-    processor = Processor.load(folder, config, min_pixels, max_pixels)
-    dtype = dtype or (stored_dtype(config) if device.type == "cuda" else torch.float32)
-    return Moca(build(folder, config, device, dtype).eval(), processor, attention, pooling)
-

@@ -1,15 +1,16 @@
-"""What each part of MoCa is worth in miniature: the paper's ablations on the built-in data.
+"""What each part of MoCa is worth in miniature: the paper's ablations, built-in data.
 
-    python -m nano_moca.ablate [--arms both,none] [--seeds 3] [--output runs/ablations]
+    python -m nano_moca.ablate [--arms both,none] [--seeds 3] [--output DIR]
 
-Each arm is both stages with other flags, over some seeds; all are judged on the same unseen scenes
-(`nano_moca.evaluate builtin`). A run of both stages takes about 15 minutes on one core. Finished
-runs are skipped, interrupted ones resume. Writes ablations.json (by arm and seed: minutes of
-training, and all scores) and ablations.png into --output. Notebook 6 reads them beside the paper's
-own table.
+Each arm is both stages with other flags, over some seeds; all are judged on the same
+unseen scenes (`nano_moca.evaluate builtin`). A run of both stages takes about 15
+minutes on one core. Finished runs are skipped, interrupted ones resume. Writes
+ablations.json (by arm and seed: minutes of training, and all scores) and ablations.png
+into --output. Notebook 6 reads them beside the paper's own table.
 
-Two arms that the paper lacks separate the effect of reconstruction from that of more data: stage
-1's records and steps under the next-token loss, then fine-tuned bidirectionally, or left causal.
+Two arms that the paper lacks separate the effect of reconstruction from that of more
+data: stage 1's records and steps under the next-token loss, then fine-tuned
+bidirectionally, or left causal.
 """
 
 import json
@@ -21,12 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import train_cl
-import train_cpt
-from nano_moca import evaluate
-from nano_moca.builtin import train_base
-from nano_moca.config import BASE, MocaError, write_json
-from nano_moca.trainer import flag, parse_flags, run
+from nano_moca.builtin.base import run_script, train_base
+from nano_moca.config import BASE
+from nano_moca.evaluate.__main__ import main as evaluate
+from nano_moca.files import MocaError, read_json, write_json
+from nano_moca.flags import flag, main_guard, parse_flags
 
 
 class Arm(NamedTuple):
@@ -38,7 +38,7 @@ class Arm(NamedTuple):
     small: bool = False  # begins with a smaller base
 
 
-ARMS = {
+ARMS: dict[str, Arm] = {
     "both": Arm("both stages"),
     "mlm": Arm("MLM only", "--image-mask 0"),
     "mae": Arm("MAE only", "--text-mask 0"),
@@ -57,7 +57,8 @@ ARMS = {
     "small-none": Arm("smaller model, no stage 1, bidirectional", None, small=True),
     "small-causal": Arm("smaller model, no stage 1, causal", None, "--attention causal", True),
 }
-SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}  # for 160, 432, 5
+# In place of the nano base's widths of 160 and 432, and 5 heads.
+SMALL = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}
 SMALL_VISION = {"hidden_size": 64, "intermediate_size": 176, "num_heads": 2, "out_hidden_size": 96}
 SHOWN = ("scene-to-caption", "caption-to-scene")
 
@@ -72,43 +73,60 @@ class Flags:
 
 
 def small_base(output: Path) -> Path:
-    """A base of 0.4 times the parameters, made as the nano base was (15 minutes on one core)."""
+    """A base of 0.4 times the parameters, made as the nano base was (15 minutes on one
+    core)."""
+    # Its heads stay 32 wide, as mrope_section in config.json asks.
     folder = output / "base-small"
     if not (folder / "scores.json").exists():
         shape = Path(shutil.copytree(BASE, folder / "shape", dirs_exist_ok=True))
-        config = json.loads((shape / "config.json").read_text())
-        vision = config["vision_config"] | SMALL_VISION
-        write_json(shape / "config.json", config | SMALL | {"vision_config": vision})
+        config = read_json(shape / "config.json") | SMALL
+        config["vision_config"] |= SMALL_VISION
+        write_json(shape / "config.json", config)
         train_base(shape, ["--output", str(folder), "--resume"])
     return folder / "model"
 
 
-def minutes(run: Path) -> float:
-    """What the steps of a run took, from its log."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return sum(line["tokens"] / line["tokens_per_second"] for line in lines) / 60
+def train(script: str, model: Path, folder: Path, seed: int, more: str) -> float:
+    """Run a stage into `folder`, unless it is done; the minutes that its steps took.
+    more: flags of the arm."""
+    # Its scores are the last thing that a run writes.
+    if not (folder / "scores.json").exists():
+        words = ["--model", str(model), "--output", str(folder), "--seed", str(seed)]
+        run_script(script, [*words, "--resume", *more.split()])
+
+    # From its log, so that breaks between its parts do not count.
+    seconds = 0.0
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        seconds += step["tokens"] / step["tokens_per_second"]
+    return seconds / 60
 
 
-def scores(arm: str, seed: int, flags: Flags) -> dict[str, Any]:
-    """Run what is not done yet of one arm with one seed; its minutes, and its scores by task."""
-    _, first, second, small = ARMS[arm]
-    output, common, took = Path(flags.output), ["--seed", str(seed), "--resume"], 0.0
-    model, size = (small_base(output), "-small") if small else (BASE, "")
-    if first is not None:  # arms with the same stage 1 share it
-        stage_1 = output / f"cpt{size}{re.sub('[^a-z0-9]+', '-', first)}-{seed}"
-        if not (stage_1 / "scores.json").exists():
-            words = ["--model", str(model), "--output", str(stage_1), *common, *first.split()]
-            train_cpt.train(parse_flags(train_cpt.Flags, words, ""))
-        model, took = stage_1 / "model", minutes(stage_1)
-    stage_2 = output / f"cl-{arm}-{seed}"
-    if not (stage_2 / "scores.json").exists():
-        words = ["--model", str(model), "--output", str(stage_2), *common, *second.split()]
-        train_cl.train(parse_flags(train_cl.Flags, words, ""))
+def scores(name: str, seed: int, flags: Flags) -> dict[str, Any]:
+    """Run what is not done yet of one arm with one seed; its minutes, and its scores
+    by task."""
+    arm = ARMS[name]
+    output = Path(flags.output)
+    model = small_base(output) if arm.small else BASE
+    minutes = 0.0
+
+    # Stage 1 is called after its flags: arms with the same ones share it.
+    if arm.stage_1 is not None:
+        size = "-small" if arm.small else ""
+        given = re.sub("[^a-z0-9]+", "-", arm.stage_1)
+        stage_1 = output / f"cpt{size}{given}-{seed}"
+        minutes += train("train_cpt.py", model, stage_1, seed, arm.stage_1)
+        model = stage_1 / "model"
+
+    # Stage 2 is the arm's own.
+    stage_2 = output / f"cl-{name}-{seed}"
+    minutes += train("train_cl.py", model, stage_2, seed, arm.stage_2)
+
+    # Attention and pooling are not said: the model's files say them.
     test = stage_2 / "test.json"
     if not test.exists():
-        evaluate.main(["builtin", "--model", str(stage_2 / "model"), "--output", str(test)])
-    took += minutes(stage_2)
-    return {"minutes": round(took, 1), "tasks": json.loads(test.read_text())["tasks"]}
+        evaluate(["builtin", "--model", str(stage_2 / "model"), "--output", str(test)])
+    return {"minutes": round(minutes, 1), "tasks": json.loads(test.read_text())["tasks"]}
 
 
 def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
@@ -117,47 +135,60 @@ def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
 
 
 def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
-    """One row per arm: the mean of recall@1 over seeds as a bar, minimum to maximum as an error
-    bar, each seed as a dot; both ways."""
+    """One row per arm: the mean of recall@1 over seeds as a bar, minimum to maximum as
+    an error bar, each seed as a dot; both ways."""
     from matplotlib.figure import Figure
 
     figure = Figure((11, 1 + 0.42 * len(results)), layout="constrained")
-    axes, names = figure.subplots(1, len(SHOWN), sharey=True), [ARMS[arm].about for arm in results]
+    axes = figure.subplots(1, len(SHOWN), sharey=True)
     for axis, task in zip(axes, SHOWN, strict=True):
         for row, seeds in enumerate(results.values()):
             values = recalls(seeds, task)
             mean = values.mean()
-            axis.barh(row, mean, xerr=[[mean - values.min()], [values.max() - mean]], capsize=4,
-                      color="#9db4d8" if row else "#1f4e9c")
+            spread = [[mean - values.min()], [values.max() - mean]]
+
+            # The first bar is dark, since the others are compared with it.
+            colour = "#9db4d8" if row else "#1f4e9c"
+            axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
             axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
-        axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=range(len(names)))
-        axis.set_yticklabels(names)
+
+        # Both axes are the same, and the arms are named on the left one.
+        axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=range(len(results)))
+        axis.set_yticklabels([ARMS[name].about for name in results])
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=120)
 
 
 def ablate(flags: Flags) -> None:
-    """All arms and seeds; the table and the picture are whole after each. Arms and seeds that an
-    earlier call with this output had are kept in both."""
-    arms, output = flags.arms.split(","), Path(flags.output)
-    if not {*arms} <= ARMS.keys():
+    """All arms and seeds; the table and the picture are complete after each. Arms and
+    seeds that an earlier call with this output had are kept in both."""
+    arms = flags.arms.split(",")
+    if not set(arms) <= ARMS.keys():
         raise MocaError(f"--arms {flags.arms}: the arms are {', '.join(ARMS)}")
-    table, results = output / "ablations.json", {}
-    if table.exists():
-        results = json.loads(table.read_text())
-    for seed in range(flags.seeds):  # every arm once before any a second time
-        for number, arm in enumerate(arms, 1 + seed * len(arms)):
-            print(f"run {number} of {len(arms) * flags.seeds}: {ARMS[arm].about}, seed {seed}")
-            results.setdefault(arm, {})[f"seed {seed}"] = scores(arm, seed, flags)
+    table = Path(flags.output) / "ablations.json"
+    results = json.loads(table.read_text()) if table.exists() else {}
+
+    # Every arm once before any a second time.
+    for seed in range(flags.seeds):
+        for number, name in enumerate(arms, 1 + seed * len(arms)):
+            run = f"run {number} of {len(arms) * flags.seeds}"
+            print(f"{run}: {ARMS[name].about}, seed {seed}", flush=True)
+            results.setdefault(name, {})[f"seed {seed}"] = scores(name, seed, flags)
             results = {arm: results[arm] for arm in ARMS if arm in results}  # in their order
+
+            # Kept at once: the next arm takes minutes, and may be interrupted.
             write_json(table, results)
-            plot(output / "ablations.png", results)
+            plot(table.with_suffix(".png"), results)
+
+    # The same as text.
     print(f"recall@1, {' and '.join(SHOWN)}: mean over seeds (minimum to maximum)")
-    for arm, seeds in results.items():
-        columns = [recalls(seeds, task) for task in SHOWN]
-        print(f"{ARMS[arm].about:42s}", *(f"{values.mean():.3f} ({values.min():.3f} to "
-                                          f"{values.max():.3f})  " for values in columns))
+    for name, seeds in results.items():
+        columns = []
+        for task in SHOWN:
+            values = recalls(seeds, task)
+            columns.append(f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})  ")
+        print(f"{ARMS[name].about:42s}", *columns)
 
 
 if __name__ == "__main__":
-    run(lambda: ablate(parse_flags(Flags, None, __doc__)))
+    main_guard(lambda: ablate(parse_flags(Flags, None, __doc__)))

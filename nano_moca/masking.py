@@ -1,15 +1,20 @@
-"""Stage 1's corruption: mask tokens and patches of a packed batch, and keep them as targets.
+"""Stage 1's masking: hide tokens and patches of a packed batch, and keep them as targets.
 
-MoCa, section 3.1: each text token is replaced by a mask token with probability 0.4, the pixels of
-each merged 2x2 group of patches by Gaussian noise with probability 0.5. That happens *before* the
-vision tower, so no feature of a masked group leaks. The random numbers come from a key per record
-(seed, number in the run), never from a global generator: the same key masks the same tokens,
-whatever the record is packed with, on whichever rank, and after a resume. (The released code draws
-from the global generator, and one noise vector of 1176 values per batch for all masked patches;
-here each patch has its own.)
+MoCa, section 3.1. Each text token is replaced by a mask token with probability 0.4,
+and the pixels of each 2x2 group of patches by Gaussian noise with probability 0.5.
+This happens *before* the vision tower, so that no feature of a masked group leaks.
+The model then has to restore both: the tokens (masked language modelling, MLM) and
+the pixels (masked autoencoding, MAE).
 
-`next_token` makes targets for the causal loss in the same form, with nothing masked. It trains the
-nano base, and it is the control that separates the effect of reconstruction from that of more data.
+The random numbers come from a key per record (seed, number in the run), never from a
+global generator. The same key masks the same tokens whatever the record is packed with,
+on whichever rank, and after a resume. (The released code, src/dataloader.py:247-296,
+draws from the global generator, and draws one noise vector of 1176 values per batch for
+all masked patches; here each patch has its own.)
+
+`next_token_batch` makes targets for the causal loss in the same form, with nothing
+masked. It trains the nano base, and it is the control that tells the effect of
+reconstruction from that of more data.
 """
 
 from collections.abc import Sequence
@@ -19,66 +24,93 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_moca.processor import Batch, Processor
+from nano_moca.batch import Batch
+from nano_moca.processor import Processor
 
 
 @dataclass
-class Corruption:
-    """A batch as the model sees it, and what it has to restore: R tokens and G patch groups."""
+class MaskedBatch:
+    """A batch as the model sees it, and the R tokens and G groups it has to restore."""
 
     batch: Batch
-    text_rows: Tensor  # [R] int64: rows of the T tokens whose hidden state predicts a token
-    labels: Tensor  # [R] int64: which token
-    group_rows: Tensor  # [G] int64: rows of the T tokens whose patches were masked
-    target: Tensor  # [G, 4704]: their normalised pixels
+    text_index: Tensor  # [R] int64: which of the T hidden states predict a token
+    labels: Tensor  # [R] int64: which token each predicts
+    group_index: Tensor  # [G] int64: the image tokens, among T, of the masked groups
+    target: Tensor  # [G, 4704]: their pixels, normalised as all images are (CLIP's mean, std)
 
-    def to(self, device: torch.device | str) -> "Corruption":
-        """Everything the model computes with, on the device."""
-        names = ("text_rows", "labels", "group_rows", "target")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, batch=self.batch.to(device), **moved)
+    def to(self, device: torch.device | str) -> "MaskedBatch":
+        """The same on another device."""
+        return MaskedBatch(
+            batch=self.batch.to(device),
+            text_index=self.text_index.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            group_index=self.group_index.to(device, non_blocking=True),
+            target=self.target.to(device, non_blocking=True))
 
 
-def corrupt(batch: Batch, processor: Processor, text_rate: float, image_rate: float,
-            keys: Sequence[tuple[int, ...]]) -> Corruption:
-    """Mask each text token with probability `text_rate`, each patch group with `image_rate`.
+def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate: float,
+               keys: Sequence[tuple[int, ...]]) -> MaskedBatch:
+    """Mask each text token with probability `text_rate`, each group with `image_rate`.
 
-    keys: one tuple of integers per record, the seed of its draws. Special tokens and image tokens
-    are never masked as text. A record may lose nothing: a loss over nothing is zero.
+    keys: N tuples of integers, the seeds of each record's random numbers. Special
+    tokens and image tokens are never masked as text. A record may lose nothing: a
+    loss over nothing is zero.
     """
-    groups = batch.patches.view(-1, processor.config.vision.group_values)  # [G_all, 4704]
-    owners = torch.bucketize(batch.image_rows, batch.cu_seqlens[1:], right=True)  # [G_all] whose
-    counts = torch.bincount(owners, minlength=len(keys)).tolist()
-    ordinary = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
-    words = [int(part.sum()) for part in ordinary.split(batch.lengths)]
-    text_rolls, group_rolls, noise = [], [], []  # masked where the roll is below the rate
-    for key, word_count, group_count in zip(keys, words, counts, strict=True):
-        # two streams: which tokens are masked does not depend on the image's size, nor vice versa
-        text, image = (np.random.default_rng((*key, stream)) for stream in (0, 1))
-        text_rolls.append(text.random(word_count, np.float32))
-        group_rolls.append(image.random(group_count, np.float32))
-        hidden = int((group_rolls[-1] < image_rate).sum())
-        noise.append(image.standard_normal((hidden, groups.shape[1]), np.float32))
-    hide_text = torch.zeros_like(ordinary)  # [T]
-    hide_text[ordinary] = torch.from_numpy(np.concatenate(text_rolls) < text_rate)
-    hide_group = torch.from_numpy(np.concatenate(group_rolls) < image_rate)  # [G_all]
-    seen = groups.clone()
-    seen[hide_group] = torch.from_numpy(np.concatenate(noise))
-    tokens = batch.tokens.masked_fill(hide_text, processor.mask_token)
-    return Corruption(
-        batch=replace(batch, tokens=tokens, patches=seen.view_as(batch.patches)),
-        text_rows=hide_text.nonzero().flatten(),
-        labels=batch.tokens[hide_text],
-        group_rows=batch.image_rows[hide_group],
-        target=groups[hide_group],  # [G, 4704]
-    )
+    # The four patches of a group follow each other: one row per group, and per
+    # image token. Group number j belongs to the token image_index[j]. Image tokens
+    # are special tokens.
+    groups = batch.patches.view(-1, processor.config.vision.group_values)  # [J, 4704]
+    maskable = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
+
+    # Filled record by record. True: masked.
+    token_masked = torch.zeros_like(maskable)  # [T]
+    group_masked = torch.zeros(len(groups), dtype=torch.bool)  # [J]
+    noised = groups.clone()  # [J, 4704]
+
+    starts = batch.cu_seqlens[:-1].tolist()
+    ends = batch.cu_seqlens[1:].tolist()
+    for start, end, key in zip(starts, ends, keys, strict=True):
+        # Two generators: which tokens are masked does not depend on the size of the
+        # image, nor which groups on the length of the text.
+        text_rng = np.random.default_rng((*key, 0))
+        image_rng = np.random.default_rng((*key, 1))
+
+        # Text: one uniform number per token; where it is below the rate, the
+        # token is masked.
+        own_tokens = start + maskable[start:end].nonzero().flatten()  # their places in T
+        uniform = torch.from_numpy(text_rng.random(len(own_tokens), np.float32))
+        token_masked[own_tokens[uniform < text_rate]] = True
+
+        # Image: one uniform number per group of this record ...
+        inside = (batch.image_index >= start) & (batch.image_index < end)  # [J]
+        own_groups = inside.nonzero().flatten()  # their places in J
+        uniform = torch.from_numpy(image_rng.random(len(own_groups), np.float32))
+        masked_groups = own_groups[uniform < image_rate]
+        group_masked[masked_groups] = True
+
+        # ... and standard normal noise in place of the pixels of each masked one.
+        noise = image_rng.standard_normal((len(masked_groups), groups.shape[1]), np.float32)
+        noised[masked_groups] = torch.from_numpy(noise)
+
+    tokens = batch.tokens.masked_fill(token_masked, processor.mask_token)  # [T]
+    patches = noised.view_as(batch.patches)  # [P, 1176]
+    return MaskedBatch(
+        batch=replace(batch, tokens=tokens, patches=patches),
+        text_index=token_masked.nonzero().flatten(),
+        labels=batch.tokens[token_masked],
+        group_index=batch.image_index[group_masked],
+        target=groups[group_masked])
 
 
-def next_token(batch: Batch, processor: Processor) -> Corruption:
+def next_token_batch(batch: Batch, processor: Processor) -> MaskedBatch:
     """Targets for the next-token loss, image tokens excepted. Nothing is masked."""
+    # Image tokens are not predicted; and a record's last token has no next one: `roll`
+    # puts the next record's first there.
     following = batch.tokens.roll(-1)  # [T]
-    counts = following != processor.image_token
-    counts[batch.cu_seqlens[1:] - 1] = False  # a record's last token has no next one
-    rows = counts.nonzero().flatten()
-    target = batch.patches.new_empty(0, processor.config.vision.group_values)
-    return Corruption(batch, rows, following[rows], rows[:0], target)
+    predicts = following != processor.image_token  # [T] bool
+    predicts[batch.cu_seqlens[1:] - 1] = False
+
+    text_index = predicts.nonzero().flatten()  # [R]
+    no_pixels = batch.patches.new_empty(0, processor.config.vision.group_values)  # [0, 4704]
+    return MaskedBatch(
+        batch, text_index, following[text_index], batch.image_index[:0], no_pixels)

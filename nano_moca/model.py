@@ -1,46 +1,421 @@
-"""The vision-language model, and the three things one does with it: caption, embed, restore.
+"""The network: a vision-language model, and what MoCa makes of it.
 
-    tokens, patches -> embeddings, with image tokens from the vision tower in their places ->
-    decoder -> hidden states
+    patches [P, 1176]  ->  vision tower  ->  image tokens [J, D]
+    tokens [T]  ->  embeddings [T, D], image tokens in their places
+                ->  decoder  ->  hidden states [T, D]
 
-- `greedy` reads the hidden states causally and predicts the next token: what the checkpoint was
+This file is read from top to bottom: the layers that both towers share, the vision
+tower, the decoder, the two joined (`VLM`), and stage 1's reconstruction. Who knows
+Qwen-VL may begin at `pool` and `VLM`; all from `PatchDecoder` on is MoCa's.
+The letters of all shapes stand in `__init__.py`. What one does with the hidden states:
+
+- `VLM.greedy` reads them causally and predicts the next token: what the checkpoint was
   made for.
-- `embed` reads them in both directions and pools each sequence into one unit vector: what MoCa
-  makes of it.
-- `Restorer` (stage 1) predicts masked tokens with the model's own output head, and the pixels of
-  masked patches with one more layer.
+- `VLM.embed` reads them in both directions and pools each record into one unit vector:
+  what MoCa makes of it.
+- `ReconstructionModel` (stage 1) predicts masked tokens with the model's own output
+  head, and the pixels of masked patches with one more layer.
 
-Left out: video, sampling, key-value caches.
+The towers are Qwen2-VL's and Qwen2.5-VL's, with the parameter names of their
+checkpoints. MoCa changes nothing in the vision tower, whose attention was always
+bidirectional, and one thing in the decoder: `causal` becomes False (it acts in
+attention.py: a mask that is left out). All weights are trained in both stages. Left
+out: video, sampling, key-value caches.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
-from nano_moca.attention import Segments
-from nano_moca.config import Config
-from nano_moca.language import Decoder, DecoderLayer, mrope_angles
-from nano_moca.vision import VisionTower
+from nano_moca.attention import Segments, attend
+from nano_moca.batch import Batch
+from nano_moca.config import Config, VisionConfig
+from nano_moca.distributed import copy_into_shard
+from nano_moca.losses import masked_reconstruction_loss
+from nano_moca.masking import MaskedBatch
 
-if TYPE_CHECKING:  # for annotations only: both files come later in the reading order
-    from nano_moca.masking import Corruption
-    from nano_moca.processor import Batch
+VISION_NORM_EPS = 1e-6  # fixed in both families, not in their config.json
+VISION_ROPE_THETA = 10000.0
+POOLINGS = ("mean", "last")
+
+# --- layers that both towers share ----------------------------------------------------
 
 
-class VLM(nn.Module):
-    """Qwen2-VL or Qwen2.5-VL: vision tower, decoder, output head (the embedding itself when
-    tied)."""
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, computed in float32, and scale by a learnt weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape and dtype."""
+        wide = x.float()
+        mean_square = wide.pow(2).mean(-1, keepdim=True)  # [..., 1]
+        scaled = wide * torch.rsqrt(mean_square + self.eps)
+        return scaled.to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the MLP of both decoders, and of Qwen2.5-VL's vision
+    tower, with bias there."""
+
+    def __init__(self, width: int, mlp_width: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, mlp_width, bias=bias)
+        self.up_proj = nn.Linear(width, mlp_width, bias=bias)
+        self.down_proj = nn.Linear(mlp_width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]."""
+        gate = F.silu(self.gate_proj(x))  # [..., mlp_width]
+        return self.down_proj(gate * self.up_proj(x))
+
+
+def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """How far an angle turns per position, float32 [dim / 2]: from 1
+    to almost 1 / theta."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    return theta**-exponents
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding: turn the pair (x[i], x[i + d/2]) by angles[i].
+
+    x [T, H, d]; angles [T, d/2] float32. After it, positions enter the product of
+    a query and a key only by their difference. Sines are taken in float32
+    whatever x's dtype.
+    """
+    cos = angles.cos()[:, None, :].to(x.dtype)  # [T, 1, d/2]
+    sin = angles.sin()[:, None, :].to(x.dtype)  # [T, 1, d/2]
+
+    first, second = x.chunk(2, dim=-1)  # [T, H, d/2] each
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    return torch.cat([turned_first, turned_second], dim=-1)  # [T, H, d]
+
+
+def run_layer(layer: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
+    """Call a layer. With (activation) checkpointing what it computes inside is not kept
+    but computed again in backward. That saves the memory of all layers but one, and
+    costs a second forward pass."""
+    if checkpointing:
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
+# --- the vision tower -----------------------------------------------------------------
+
+
+class QuickGeluMLP(nn.Module):
+    """The older MLP of Qwen2-VL: fc2(h * sigmoid(1.702 h)) with h = fc1(x)."""
+
+    def __init__(self, width: int, mlp_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]."""
+        inner = self.fc1(x)  # [..., mlp_width]
+        return self.fc2(inner * torch.sigmoid(1.702 * inner))
+
+
+def vision_norm(config: VisionConfig) -> nn.Module:
+    """RMSNorm in Qwen2.5-VL, LayerNorm in Qwen2-VL; their activations tell them apart."""
+    if config.act == "silu":
+        return RMSNorm(config.width, VISION_NORM_EPS)
+    return nn.LayerNorm(config.width, VISION_NORM_EPS)
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention among the patches of a segment (a window, or an image)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, angles: Tensor, segments: Segments) -> Tensor:
+        """x [P, E], angles [P, d/2] float32 -> [P, E]."""
+        P, E = x.shape
+        H = self.heads
+        qkv = self.qkv(x).view(P, 3, H, E // H)  # [P, 3, H, d]
+        query, key, value = qkv.unbind(1)  # [P, H, d] each
+
+        # The rotation is computed in float32 here, as Qwen does; not so in the decoder.
+        query = rotate(query.float(), angles).to(x.dtype)  # [P, H, d]
+        key = rotate(key.float(), angles).to(x.dtype)  # [P, H, d]
+
+        out = attend(query, key, value, segments, causal=False)  # [P, H, d]
+        return self.proj(out.flatten(1))  # [P, E]
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = vision_norm(config)
+        self.norm2 = vision_norm(config)
+        self.attn = VisionAttention(config)
+        if config.act == "silu":
+            self.mlp = SwiGLU(config.width, config.mlp_width, bias=True)
+        else:
+            self.mlp = QuickGeluMLP(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor, angles: Tensor, segments: Segments) -> Tensor:
+        """x [P, E], angles [P, d/2] float32 -> [P, E]."""
+        x = x + self.attn(self.norm1(x), angles, segments)
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class Merger(nn.Module):
+    """Norm, then the four patches of a group side by side through a two-layer MLP:
+    one image token. (Elsewhere this is called the projector.)"""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.group_width = config.merge**2 * config.width
+        self.ln_q = vision_norm(config)
+        self.mlp = nn.Sequential(nn.Linear(self.group_width, self.group_width), nn.GELU(),
+            nn.Linear(self.group_width, config.out_width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [P, E], the patches of a group next to each other -> image tokens [J, D]."""
+        groups = self.ln_q(x).view(-1, self.group_width)  # [J, 4 * E]
+        return self.mlp(groups)
+
+
+@lru_cache(maxsize=4096)
+def image_layout(grid: tuple[int, int, int], config: VisionConfig
+                 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Where the patches of one image are, and how its groups are sorted by window.
+
+    grid: frames, rows and columns of patches. Returns
+
+    positions  [P, 2], row and column of each patch, in the order of the patches
+    order      [J], the groups (merged 2x2 patches) in the order of the windows
+    windows    the number of patches in each window
+    """
+    frames, rows, columns = grid
+    m = config.merge
+
+    # Patches come by groups: all four of a 2x2 group, then the next group of its row.
+    cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    cells = cells.view(rows // m, m, columns // m, m, 2).transpose(1, 2)  # groups, then patches
+    positions = cells.reshape(-1, 2).repeat(frames, 1)  # [P, 2]
+
+    # Qwen2-VL has no windows: each frame is one.
+    group_count = len(positions) // m**2
+    if not config.window:
+        return positions, torch.arange(group_count), (rows * columns,) * frames
+
+    # Cut each frame into windows; those at the right and lower border may be smaller.
+    side = config.window // (config.patch * m)  # groups along a window
+    numbers = torch.arange(group_count).view(frames, rows // m, columns // m)
+    window_groups = []
+    for frame in numbers:
+        for band in frame.split(side):
+            window_groups += [window.flatten() for window in band.split(side, dim=1)]
+    windows = tuple(len(groups) * m * m for groups in window_groups)
+    return positions, torch.cat(window_groups), windows
+
+
+class VisionTower(nn.Module):
+    """Patches of images of any size become image tokens of the decoder's width.
+
+    Images are packed end to end like texts. Qwen2.5-VL saves most of the attention's
+    cost by letting patches see only their window; a few blocks see the whole image.
+    For packed attention a window is one more kind of short sequence: the groups are
+    sorted by window at the start, and back at the end.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        # The checkpoint's 3-D convolution, whose stride is its kernel's size, is a
+        # linear map of a flattened patch.
+        self.patch_embed = nn.Linear(config.patch_values, config.width, bias=False)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """patches [P, 1176], by 2x2 groups; grids [I, 3] on the host: frames, rows
+        and columns of patches -> image tokens [J, D]."""
+        P = len(patches)
+        config, device = self.config, patches.device
+
+        # Where each patch is in its image, which patches attend to each other, and
+        # the order in which the patches of a window are neighbours.
+        positions = []
+        orders = []
+        window_lengths = []
+        frame_lengths = []
+        groups_before = 0
+        for frames, rows, columns in grids.tolist():
+            image_positions, order, windows = image_layout((frames, rows, columns), config)
+            positions.append(image_positions)
+            orders.append(order + groups_before)
+            window_lengths += windows
+            frame_lengths += [rows * columns] * frames  # frames do not see each other
+            groups_before += len(order)
+        order = torch.cat(orders).to(device)  # [J]
+        full_segments = Segments(tuple(frame_lengths), device)
+        window_segments = full_segments
+        if config.window:
+            window_segments = Segments(tuple(window_lengths), device)
+
+        # 2-D rotary embedding: half of a head turns with the patch's row, half
+        # with its column.
+        head_width = config.width // config.heads
+        frequencies = rotary_frequencies(head_width // 2, VISION_ROPE_THETA, device)  # [d/4]
+        position = torch.cat(positions).to(device)  # [P, 2]
+        angles = (position[:, :, None] * frequencies).flatten(1)  # [P, d/2]
+
+        # Embed the patches, and sort them by window.
+        x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, E]
+        group_shape = (len(order), config.merge**2, -1)
+        x = x.view(group_shape)[order].view(P, -1)  # [J, 4, E] -> [P, E]
+        angles = angles.view(group_shape)[order].view(P, -1)  # [J, 4, d/2] -> [P, d/2]
+
+        for number, block in enumerate(self.blocks):
+            segments = full_segments if number in config.full_blocks else window_segments
+            x = run_layer(block, self.checkpointing, x, angles, segments)  # [P, E]
+
+        # Four patches become one image token; then back from windows to the image's
+        # order, by the inverse of the permutation.
+        image_tokens = self.merger(x)  # [J, D]
+        return image_tokens[torch.argsort(order)]
+
+
+# --- the decoder ----------------------------------------------------------------------
+
+
+def mrope_angles(positions: Tensor, config: Config) -> Tensor:
+    """Rotary angles for three axes (M-RoPE): positions [3, T] -> angles [T, d/2] float32.
+
+    A token's position is a triple (frame, row, column). For text the three are
+    equal, so this is ordinary rotary embedding; an image token carries its place in
+    the grid. Each of the d/2 frequencies turns with one axis: the fastest with the
+    frame, the next with the row, the slowest with the column; the config's sections
+    say how many with each.
+    """
+    frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)
+    angles = []
+    for axis, turning in zip(positions, frequencies.split(config.rope_sections), strict=True):
+        angles.append(axis[:, None] * turning)  # [T, section]
+    return torch.cat(angles, dim=-1)  # [T, d/2]
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention: H query heads share K key and value heads. Bias on q,
+    k and v, none on o."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads
+        self.head_width = config.head_width
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_width)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_width)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_width)
+        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+
+    def forward(self, x: Tensor, angles: Tensor, segments: Segments, causal: bool) -> Tensor:
+        """x [T, D], angles [T, d/2] float32 -> [T, D]."""
+        T = len(x)
+        H, K, d = self.heads, self.kv_heads, self.head_width
+        query = self.q_proj(x).view(T, H, d)
+        key = self.k_proj(x).view(T, K, d)
+        value = self.v_proj(x).view(T, K, d)
+
+        # Positions enter here.
+        query = rotate(query, angles)
+        key = rotate(key, angles)
+        out = attend(query, key, value, segments, causal)  # [T, H, d]
+        return self.o_proj(out.flatten(1))  # [T, D]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.mlp_width, bias=False)
+
+    def forward(self, x: Tensor, angles: Tensor, segments: Segments, causal: bool) -> Tensor:
+        """x [T, D], angles [T, d/2] float32 -> [T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, segments, causal)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """Qwen2: token embeddings in, hidden states after the final norm out.
+
+    It was trained as a causal language model. With `causal` False the same weights
+    form the bidirectional encoder that MoCa trains; nothing else changes.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.always_see = False  # run the vision tower without images too (see trainer.shard)
+        self.checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, segments: Segments, causal: bool) -> Tensor:
+        """x [T, D] embeddings, positions [3, T] -> hidden states [T, D]."""
+        angles = mrope_angles(positions, self.config)  # [T, d/2]
+        for layer in self.layers:
+            x = run_layer(layer, self.checkpointing, x, angles, segments, causal)  # [T, D]
+        return self.norm(x)
+
+
+# --- the vision-language model --------------------------------------------------------
+
+
+def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+    """Hidden states [T, D] -> one float32 vector per record, [N, D].
+
+    "mean": of all its tokens, which is MoCa's choice. "last": its last token, the
+    only one that has seen the whole record under causal attention. (Released code:
+    src/vlm_backbone/qwen2_5_vl_embed/qwen2_5_vl_embed.py:9-44, 291-294.)
+    """
+    N, D = len(batch.lengths), hidden.shape[1]
+    if pooling == "last":
+        ends = batch.cu_seqlens[1:].to(hidden.device)  # [N]
+        return hidden[ends - 1].float()
+    if pooling != "mean":
+        raise ValueError(f"pooling is {pooling!r}; it is 'mean' or 'last'")
+
+    # Add each token to the sum of its record, in float32.
+    lengths = torch.tensor(batch.lengths, device=hidden.device)  # [N]
+    numbers = torch.arange(N, device=hidden.device)
+    owner = torch.repeat_interleave(numbers, lengths)  # [T] the record of each token
+    zeros = hidden.new_zeros(N, D, dtype=torch.float32)
+    return zeros.index_add(0, owner, hidden.float()) / lengths[:, None]  # [N, D]
+
+
+class VLM(nn.Module):
+    """Vision tower, decoder and output head (the embedding itself when they are tied)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.run_vision_always = False  # also in a batch without images: see `embed_inputs`
         self.visual = VisionTower(config.vision)
         self.language = Decoder(config)
         if not config.tied:
@@ -51,70 +426,73 @@ class VLM(nn.Module):
         """[V, D]: the output embedding."""
         return self.language.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
-    def input_embeddings(self, batch: Batch) -> Tensor:
-        """[T, D]: each token's embedding, and at image tokens what the vision tower made of their
-        patches."""
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether both towers recompute their activations in backward."""
+        self.visual.checkpointing = on
+        self.language.checkpointing = on
+
+    def embed_inputs(self, batch: Batch) -> Tensor:
+        """[T, D]: each token's embedding, and at image tokens what the vision tower
+        made of their patches."""
         x = self.language.embed_tokens(batch.tokens)  # [T, D]
         if len(batch.grids):
-            image_tokens = self.visual(batch.patches, batch.grids)  # [G, D]
-            return x.index_copy(0, batch.image_rows, image_tokens.to(x.dtype))
-        if self.always_see:
-            # Under FSDP every rank must join every all-gather, or the others wait forever: see one
-            # blank group.
+            image_tokens = self.visual(batch.patches, batch.grids)  # [J, D]
+            x = x.index_copy(0, batch.image_index, image_tokens.to(x.dtype))
+        elif self.run_vision_always:
+            # Among several ranks each must run the tower at every step, or the
+            # others wait forever in its all-gathers. A blank group with weight zero
+            # changes nothing.
             side = self.config.vision.merge
-            blank = x.new_zeros(side * side, self.config.vision.patch_values)
+            blank = x.new_zeros(side * side, self.config.vision.patch_values)  # [4, 1176]
             x = x + 0.0 * self.visual(blank, torch.tensor([[1, side, side]])).sum()
         return x
 
     def forward(self, batch: Batch, causal: bool) -> Tensor:
         """The hidden states of a packed batch after the final norm, [T, D]."""
         segments = Segments(batch.lengths, batch.tokens.device)
-        return self.language(self.input_embeddings(batch), batch.positions, segments, causal)
+        x = self.embed_inputs(batch)  # [T, D]
+        return self.language(x, batch.positions, segments, causal)
 
     def embed(self, batch: Batch, causal: bool, pooling: str) -> Tensor:
-        """Unit vectors [N, D] float32, one per sequence: the mean of its hidden states, or its
-        last one."""
-        return F.normalize(pool(self(batch, causal), batch, pooling), dim=-1)
+        """One unit vector per record, [N, D] float32."""
+        hidden = self(batch, causal)  # [T, D]
+        return F.normalize(pool(hidden, batch, pooling), dim=-1)
 
     @torch.no_grad()
     def greedy(self, batch: Batch, steps: int, end: int) -> list[list[int]]:
-        """Greedy decoding, causal and uncached: up to `steps` tokens per sequence, cut before
-        `end`."""
-        embeddings = list(self.input_embeddings(batch).split(batch.lengths))
-        positions = list(batch.positions.split(batch.lengths, dim=1))
+        """Continue each record by its likeliest next token, up to `steps` times; the
+        ids, cut before the token `end`. Causal and without a cache."""
+        embeddings = list(self.embed_inputs(batch).split(batch.lengths))  # N x [L, D]
+        positions = list(batch.positions.split(batch.lengths, dim=1))  # N x [3, L]
         captions: list[list[int]] = [[] for _ in embeddings]
         for _ in range(steps):
-            segments = Segments(tuple(len(x) for x in embeddings), batch.tokens.device)
-            x, where = torch.cat(embeddings), torch.cat(positions, 1)
-            hidden = self.language(x, where, segments, causal=True)
+            # The last hidden state of each record predicts its next token.
+            segments = Segments(tuple(map(len, embeddings)), batch.tokens.device)
+            x = torch.cat(embeddings)  # [T, D]
+            hidden = self.language(x, torch.cat(positions, dim=1), segments, causal=True)
             last = hidden[segments.offsets[1:].long() - 1]  # [N, D]
             tokens = (last @ self.head.T).argmax(-1)  # [N]
             new = self.language.embed_tokens(tokens)  # [N, D]
+
+            # Append it; all three axes go on from the largest position so far.
             for n, token in enumerate(tokens.tolist()):
                 captions[n].append(token)
                 embeddings[n] = torch.cat([embeddings[n], new[n : n + 1]])
-                after = positions[n].max() + 1  # all three axes go on from the largest so far
-                positions[n] = torch.cat([positions[n], after.expand(3, 1)], 1)
+                after = positions[n].max() + 1
+                positions[n] = torch.cat([positions[n], after.expand(3, 1)], dim=1)
             if all(end in caption for caption in captions):
                 break
-        return [c[: c.index(end)] if end in c else c for c in captions]
+
+        return [ids[: ids.index(end)] if end in ids else ids for ids in captions]
 
 
-def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """Hidden states [T, D] -> one float32 vector per sequence, [N, D]: "mean" or "last"."""
-    ends = batch.cu_seqlens[1:].to(hidden.device)  # [N]
-    if pooling == "last":
-        return hidden[ends - 1].float()
-    if pooling != "mean":
-        raise ValueError(f"pooling is {pooling!r}; it is 'mean' or 'last'")
-    lengths = torch.tensor(batch.lengths, device=hidden.device)
-    owner = torch.repeat_interleave(torch.arange(len(ends), device=hidden.device), lengths)  # [T]
-    sums = hidden.new_zeros(len(ends), hidden.shape[1], dtype=torch.float32)
-    return sums.index_add(0, owner, hidden.float()) / lengths[:, None]
+# --- stage 1: reconstruction ----------------------------------------------------------
 
 
 class PatchDecoder(nn.Module):
-    """Stage 1's MAE decoder: one bidirectional decoder layer and a linear map to pixels."""
+    """Stage 1's MAE decoder (MoCa, section 3.1): one bidirectional decoder layer on top
+    of the decoder, and a linear map to pixels. It is thrown away after stage 1.
+    (Released code: qwen2_5_vl_embed.py:305-309 and 566-596.)"""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -123,29 +501,47 @@ class PatchDecoder(nn.Module):
         self.head = nn.Linear(config.width, config.vision.group_values)
 
     @torch.no_grad()
-    def start_from(self, decoder: Decoder, seed: int) -> None:
-        """The layer starts as the decoder's middle one (as MoCa's does), the linear map small and
-        random."""
+    def init_from(self, decoder: Decoder, seed: int) -> None:
+        """Start the layer as a copy of the decoder's middle one, the linear map
+        small and random. (Released code: src/model.py:315-320.)"""
         middle = decoder.layers[len(decoder.layers) // 2]
-        for mine, theirs in zip(self.layer.parameters(), middle.parameters(), strict=True):
-            mine.copy_(theirs)
+        for own, theirs in zip(self.layer.parameters(), middle.parameters(), strict=True):
+            own.copy_(theirs)
+
+        # Every rank draws the whole map from the same seed, and keeps its part.
         generator = torch.Generator().manual_seed(seed)
-        fill(self.head.weight, torch.randn(self.head.weight.shape, generator=generator) * 0.02)
-        fill(self.head.bias, torch.zeros(self.head.bias.shape))
+        shape = self.head.weight.shape
+        copy_into_shard(self.head.weight, torch.randn(shape, generator=generator) * 0.02)
+        copy_into_shard(self.head.bias, torch.zeros(self.head.bias.shape))
 
-    def forward(self, hidden: Tensor, batch: Batch, rows: Tensor) -> Tensor:
-        """Hidden states [T, D] of the decoder -> pixels [G, 4704] of the groups whose tokens are
-        `rows` [G]."""
+    def forward(self, hidden: Tensor, batch: Batch, group_index: Tensor) -> Tensor:
+        """Hidden states [T, D] -> pixels [G, 4704] of the groups whose image tokens
+        are `group_index` [G]."""
+        # Positions and segments are the decoder's; they cost nothing beside a
+        # layer, so they are computed again instead of being handed through the VLM.
+        # As in the released code this layer is always bidirectional, even on top of
+        # a causal decoder.
         segments = Segments(batch.lengths, hidden.device)
-        angles = mrope_angles(batch.positions, self.config)
-        return self.head(self.layer(hidden, angles, segments, causal=False)[rows])
+        angles = mrope_angles(batch.positions, self.config)  # [T, d/2]
+        x = self.layer(hidden, angles, segments, causal=False)  # [T, D]
+        return self.head(x[group_index])  # [G, 4704]
 
 
-class Restorer(nn.Module):
-    """Stage 1: the model and its MAE decoder, with the loss computed inside `forward`.
+def likeliest_tokens(hidden: Tensor, head: Tensor) -> Tensor:
+    """Hidden states [R, D], head [V, D] -> the tokens with the largest logits [R]
+    int64; in parts, so that there are never all logits at once."""
+    weight = head.to(hidden.dtype)  # [V, D]
+    return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(256)])
 
-    FSDP gathers the embedding (and a tied head) only while the root module's forward runs, so the
-    loss, which needs the head, must run there too.
+
+class ReconstructionModel(nn.Module):
+    """Stage 1: the VLM with its MAE decoder, and both losses computed inside `forward`.
+
+    A masked token is predicted at its own position, with no shift. (MoCa, section 3.1;
+    so does the released code, qwen2_5_vl_embed.py:553-596. In the next-token control
+    the position before predicts: `text_index` and `labels` say so.) FSDP gathers the
+    embedding (and a tied head) only while the root module's forward runs, so the loss,
+    which needs the head, must run there too.
     """
 
     def __init__(self, vlm: VLM) -> None:
@@ -154,22 +550,25 @@ class Restorer(nn.Module):
         with torch.device(vlm.head.device):  # "meta" while a model is being built
             self.patch_decoder = PatchDecoder(vlm.config)
 
-    def forward(self, corruption: Corruption, causal: bool, loss: Callable
-                ) -> tuple[Tensor, Tensor]:
-        """Run the corrupted batch and call `loss` (masked_reconstruction_loss or its like) on what
-        was masked. Returns its two losses (MLM, MAE), float32 scalars."""
-        hidden = self.vlm(corruption.batch, causal)  # [T, D]
-        predicted = self.patch_decoder(hidden, corruption.batch, corruption.group_rows)  # [G, 4704]
-        told = hidden[corruption.text_rows]  # [R, D]
-        return loss(told, self.vlm.head, corruption.labels, predicted, corruption.target)
+    def forward(self, masked: MaskedBatch, causal: bool, mlm_count: float | None = None,
+            mae_count: float | None = None, predict: bool = False) -> tuple[Tensor, Tensor]:
+        """Run the masked batch, and compare what is restored with what was masked.
 
+        Returns both losses (MLM, MAE), float32 scalars: sums divided by the counts,
+        or by R and G. With `predict` the answers themselves, on the host: the
+        likeliest tokens [R] int64, and the pixels [G, 4704] float32.
+        """
+        # One pass over everything, masked or not.
+        hidden = self.vlm(masked.batch, causal)  # [T, D]
 
-@torch.no_grad()
-def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Copy a whole tensor into a parameter. Of a sharded one, every rank takes its own rows:
-    nothing is sent."""
-    if isinstance(parameter, DTensor):
-        tensor = tensor.to(parameter.device, parameter.dtype)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-    parameter.copy_(tensor)
+        # Images: one more layer predicts the pixels of the masked groups.
+        pixels = self.patch_decoder(hidden, masked.batch, masked.group_index)  # [G, 4704]
+
+        # Text: the hidden states that have to predict a token.
+        text_hidden = hidden[masked.text_index]  # [R, D]
+
+        if predict:
+            tokens = likeliest_tokens(text_hidden, self.vlm.head)  # [R]
+            return tokens.cpu(), pixels.float().cpu()
+        return masked_reconstruction_loss(text_hidden, self.vlm.head, masked.labels,
+            pixels, masked.target, mlm_count=mlm_count, mae_count=mae_count)

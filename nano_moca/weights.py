@@ -1,62 +1,68 @@
 """Checkpoints in and out, strictly.
 
-The names of tensors have changed over the years; these layouts are read, in one file
+The names of tensors have changed over the years. These layouts are read, in one file
 model.safetensors or in shards with model.safetensors.index.json:
 
-    transformers up to 4.51, hub files   model.layers...          visual...        lm_head.*
-    transformers 4.52 and later          model.language_model...  model.visual...  lm_head.*
-    MoCa's released checkpoints          either, with mae_* tensors or without
+    transformers up to 4.51, hub  model.layers...          visual...        lm_head.*
+    transformers 4.52 and later   model.language_model...  model.visual...  lm_head.*
+    MoCa's released checkpoints   either, with mae_* tensors or without
 
-Every tensor that the model needs must be there exactly once, with its shape, and nothing else may
-be: if a missing key goes unnoticed, the model runs and its output is nonsense (transformers 5 loads
-MoCa's own checkpoints that way). Tensors are read one at a time, so that memory never holds the
-weights twice, and each rank of a sharded model keeps its part. We save in the first layout, which
-every reader knows.
+Every tensor that the model needs must be there exactly once, with its shape, and
+nothing else may be: if a missing key goes unnoticed, the model runs and its output
+is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
+shapes are matched first, from the files' headers. Then tensors are read one at a
+time, so that memory never holds the weights twice, and each rank of a sharded model
+keeps its part. We save in the first layout, which every reader knows.
+
+Left out: other formats than safetensors, and quantised weights.
 """
 
-import json
+import copy
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download  # arrives with tokenizers
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from nano_moca.config import Config, MocaError, read_json, write_json
-from nano_moca.model import VLM, fill
+from nano_moca.config import Config
+from nano_moca.distributed import copy_into_shard
+from nano_moca.files import MocaError, read_json, write_json
+from nano_moca.model import VLM
 
-LAYOUTS = (  # how a stored name begins, how ours does; the first that fits counts
-    ("model.language_model.", "language."),
-    ("model.visual.", "visual."),
-    ("visual.", "visual."),
-    ("model.", "language."),
-)
-VOCABULARY_ROWS = ("language.embed_tokens.weight", "lm_head.weight")
+# How a stored name begins, and how ours does; the first that fits counts.
+LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
+           ("visual.", "visual."), ("model.", "language."))
+EMBEDDING = "language.embed_tokens.weight"
+HEAD = "lm_head.weight"
 SHARD_SIZE = "5GB"
+Header = dict[str, tuple[Path, tuple[int, ...]]]  # {stored name: (file, shape)}
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """A local folder as it is; a hub id like "Qwen/Qwen2.5-VL-3B-Instruct" as its download."""
-    if Path(name).is_dir():
-        return Path(name)
-    if len(Path(name).parts) != 2 or str(name).startswith((".", "/")):
+    """A local folder as it is; a hub id like "Qwen/Qwen2.5-VL-3B-Instruct" as its
+    download. MocaError if it is neither."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if len(path.parts) != 2 or str(name).startswith((".", "/")):
         raise MocaError(f"{name} is not a folder: give a checkpoint folder or a hub id owner/name")
+
+    # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # network, permission, spelling: one line says which
+    except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise MocaError(f"{name} is not a folder, nor on the hub ({reason})") from None
 
 
 def our_name(stored: str) -> str | None:
-    """The name a stored tensor has in `VLM`; None for stage 1's leftovers (mae_*)."""
+    """The name of a stored tensor in `VLM`; None for stage 1's leftovers (mae_*)."""
     if stored.startswith(("mae_", "model.mae_")):
         return None
+
+    # The patch embedding is stored as a convolution, and is a matrix here.
     stored = stored.replace("patch_embed.proj.", "patch_embed.")
     for theirs, ours in LAYOUTS:
         if stored.startswith(theirs):
@@ -65,154 +71,162 @@ def our_name(stored: str) -> str | None:
 
 
 def stored_name(ours: str) -> str:
-    """The other way round, into the layout we save."""
+    """The other way round, into the layout that we save."""
     name = ours.replace("patch_embed.", "patch_embed.proj.")
-    return "model." + name.removeprefix("language.") if name.startswith("language.") else name
+    if name.startswith("language."):
+        name = "model." + name.removeprefix("language.")
+    return name
 
 
-def read_header(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """The file and shape of every stored tensor; MocaError for absent or broken files."""
+def read_header(folder: Path) -> Header:
+    """File and shape of each stored tensor; MocaError for what is absent or broken."""
+    # An index names the shards; without one there is a single file.
     index = folder / "model.safetensors.index.json"
     promised = read_json(index).get("weight_map") if index.is_file() else {}
     if not isinstance(promised, dict):
         raise MocaError(f"{index} holds no weight_map: copy it again")
-    found = {}
-    for name in sorted(set(map(str, promised.values()))) or ["model.safetensors"]:
-        file = folder / name
+    shards = sorted(set(map(str, promised.values()))) or ["model.safetensors"]
+
+    header: Header = {}
+    for shard in shards:
+        # This reads names and shapes, and no weights.
+        file = folder / shard
+        found: Header = {}
         try:
             with safe_open(file, "pt") as tensors:
-                here = {key: (file, tuple(tensors.get_slice(key).get_shape()))
-                        for key in tensors.keys()}
+                for key in tensors.keys():
+                    found[key] = (file, tuple(tensors.get_slice(key).get_shape()))
         except (SafetensorError, OSError) as error:
             raise MocaError(f"{file} is absent or damaged ({error}): copy it again") from None
-        for key in found.keys() & here.keys():
-            raise MocaError(f"{file}: {key} is in another shard too: copy the shards again")
-        found |= here
-    return found
+
+        # Of two tensors with one name, nobody can say which is right.
+        doubled = header.keys() & found.keys()
+        if doubled:
+            raise MocaError(f"{file}: {min(doubled)} is in another shard too: copy the shards "
+                            "again")
+        header |= found
+    return header
 
 
-def read_tensor(file: Path, key: str) -> Tensor:
-    """One tensor. The file is opened anew: closing it gives its mapped pages back."""
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(key)
+def match_names(header: Header, model: VLM, folder: Path) -> dict[str, str]:
+    """{our name: stored name} of every parameter; MocaError lists what does not fit."""
+    config = model.config
+    asked = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
+    # The files hold the vocabulary as it was before it grew for a mask token.
+    for name in asked.keys() & {EMBEDDING, HEAD}:
+        asked[name] = (config.stored_vocabulary, asked[name][1])
 
-def match_names(header: dict, model: VLM, folder: Path) -> dict[str, str]:
-    """{our name: stored name} for every parameter, or MocaError with all that does not fit."""
-    config, names, wrong = model.config, {}, []
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    # All that does not fit is collected, so that one message shows the pattern.
+    names: dict[str, str] = {}
+    wrong: list[str] = []
     for stored, (file, shape) in header.items():
+        # A tied head may be stored too: load_weights compares it with the embedding.
         name = our_name(stored)
-        if name is None or (name == "lm_head.weight" and config.tied):
-            continue  # build compares a tied head with the embedding
-        asked = shapes.get(name)
-        if asked and name in VOCABULARY_ROWS:  # a grown vocabulary has more rows than the file
-            asked = (config.stored_vocabulary, asked[1])
-        if name == "visual.patch_embed.weight":  # a convolution's kernel: flatten it
+        if name is None or (name == HEAD and config.tied):
+            continue
+
+        # A convolution's kernel [E, 3, frames, patch, patch] is our matrix [E, 1176].
+        if name == "visual.patch_embed.weight":
             shape = (shape[0], math.prod(shape[1:]))
-        if asked is None:
+
+        if name not in asked:
             wrong.append(f"unexpected {stored} in {file.name}")
         elif name in names:
             wrong.append(f"{names[name]} and {stored} are one")
-        elif shape != asked:
-            wrong.append(f"{stored} is {list(shape)}, config.json asks for {list(asked)}")
+        elif shape != asked[name]:
+            wrong.append(f"{stored} is {list(shape)}, config.json asks for {list(asked[name])}")
         names[name] = stored
-    wrong += [f"missing {stored_name(name)}" for name in shapes if name not in names]
+
+    # The first four say what kind of misfit it is.
+    wrong += [f"missing {stored_name(name)}" for name in asked if name not in names]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}: take "
-                        "config.json and weights from one checkpoint")
+        raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}: "
+            "take config.json and weights from one checkpoint")
     return names
 
 
-def build(folder: Path, config: Config, device: torch.device | str, dtype: torch.dtype,
-          prepare: Callable[[VLM], nn.Module] = lambda vlm: vlm, mask_row: int | None = None
-          ) -> nn.Module:
-    """The model of a checkpoint with its weights, or what `prepare` wraps around it (and shards).
+def empty_model(config: Config, dtype: torch.dtype = torch.float32) -> VLM:
+    """A model on the meta device: names and shapes, and no memory yet. Before it
+    gets memory, it can be put into another module and divided among the ranks."""
+    with torch.device("meta"):
+        return VLM(config).to(dtype)
 
-    Until `prepare` is done the model has no memory; then each parameter, or this rank's part of it,
-    is allocated once and filled. What `prepare` adds is left for the caller to fill.
 
-    mask_row: the id of a mask token that the checkpoint lacks. Its embedding, and the rows that a
-    grown vocabulary adds, start as the mean of the rows before it.
+def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None) -> None:
+    """Copy a checkpoint's weights into a model that has memory (after `to_empty`).
+
+    new_mask_token: the id of a mask token that the checkpoint lacks; it gets an
+    embedding. MocaError for what is missing, unexpected, misshapen or damaged.
     """
-    with torch.device("meta"):  # shapes and names only
-        model = VLM(config).to(dtype)
     header = read_header(folder)
     names = match_names(header, model, folder)
-    whole = prepare(model)
-    whole.to_empty(device=device)
+
+    # One tensor at a time; of a sharded parameter, each rank keeps its part.
     for name, parameter in model.named_parameters():
-        tensor = read_tensor(header[names[name]][0], names[name])
-        if name in VOCABULARY_ROWS and mask_row is not None:
-            mean = tensor[:mask_row].float().mean(0).to(tensor.dtype)  # [D]
-            added = parameter.shape[0] - len(tensor)
-            tensor = torch.cat([tensor, mean.expand(added, -1)])
-            tensor[mask_row] = mean
-        fill(parameter, tensor.view(parameter.shape))
-    if config.tied and "lm_head.weight" in header:
-        keys = "lm_head.weight", names["language.embed_tokens.weight"]
-        if not torch.equal(*(read_tensor(header[key][0], key) for key in keys)):
-            raise MocaError(f"{folder}: {keys[0]} differs from {keys[1]}: set tie_word_embeddings "
-                            "to false in config.json")
-    return whole
+        tensor = read_tensor(header, names[name])
+        if name in (EMBEDDING, HEAD) and new_mask_token is not None:
+            tensor = add_mask_token(tensor, new_mask_token, parameter.shape[0])
+        copy_into_shard(parameter, tensor.view(parameter.shape))
+
+    # If config.json says tied and the files hold another head, one of them is wrong.
+    if model.config.tied and HEAD in header:
+        head = read_tensor(header, HEAD)
+        embedding = names[EMBEDDING]
+        if not torch.equal(head, read_tensor(header, embedding)):
+            raise MocaError(f"{folder}: {HEAD} differs from {embedding}: "
+                "set tie_word_embeddings to false in config.json")
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Whatever a library raises when the disk is full or read-only becomes one line."""
-    try:
-        yield
-    except Exception as error:  # OSError, RuntimeError, SafetensorError, tokenizers' Exception
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MocaError(f"{folder} cannot be written ({reason}): make room on the disk") from None
+def read_tensor(header: Header, stored: str) -> Tensor:
+    """One tensor, by its stored name."""
+    # The file is opened anew each time: closing it gives its mapped pages back.
+    file, _ = header[stored]
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(stored)
 
 
-def find_folder(folder: Path) -> Path:
-    """`folder`, put back from its `.old` if a crash fell between `replace_folder`'s two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    return folder
+def add_mask_token(stored: Tensor, token: int, vocabulary: int) -> Tensor:
+    """The embedding or head [V, D] with a row for the mask token.
+
+    stored: as in the file, [V, D], or shorter if the vocabulary grew. token: the
+    mask token's id. vocabulary: V.
+    """
+    # It starts as the mean of all tokens before it, and so does what was added.
+    mean = stored[:token].float().mean(0).to(stored.dtype)  # [D]
+    weight = torch.cat([stored, mean.expand(vocabulary - len(stored), -1)])  # [V, D]
+    weight[token] = mean
+    return weight
 
 
-def fresh_folder(folder: Path) -> Path:
-    """An empty `<folder>.new` to write into; `replace_folder` gives it the name when it is
-    whole."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    return fresh
+def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
+        trained_with: dict | None = None) -> None:
+    """Write config.json, and the weights in shards of 5 GB.
 
-
-def replace_folder(folder: Path) -> None:
-    """Put `<folder>.new` in the place of `folder`; a crash at any moment leaves a whole one."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for file in fresh.iterdir():  # on the disk before it gets its name
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    find_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config) -> None:
-    """Write config.json and weights, in shards of 5 GB. tensors: whole, by our names."""
-    patch = config.vision.patch
-    kernel = (-1, 3, config.vision.frames, patch, patch)  # the patch embedding as a convolution's
-    stored = {stored_name(name): tensor.view(kernel) if "patch_embed" in name else tensor
-              for name, tensor in tensors.items()}
+    tensors: by our names, not sharded. trained_with: {"attention": ..., "pooling":
+    ...}, written as "nano_moca" for `nano_moca.load`; None keeps what was there.
+    """
+    # The stored names, and the patch embedding as a convolution's kernel again.
+    vision = config.vision
+    kernel = (-1, 3, vision.frames, vision.patch, vision.patch)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "patch_embed" in name:
+            tensor = tensor.view(kernel)
+        stored[stored_name(name)] = tensor
     save_torch_state_dict(stored, folder, max_shard_size=SHARD_SIZE)
-    # the checkpoint's own config.json, with what may have changed
-    raw = json.loads(json.dumps(config.raw))
+
+    # The checkpoint's own config.json, with what may have changed.
+    raw = copy.deepcopy(config.raw)
     (raw.get("text_config") or raw)["vocab_size"] = config.vocabulary
-    write_json(folder / "config.json", raw | {"tie_word_embeddings": config.tied})
+    if trained_with is not None:
+        raw["nano_moca"] = trained_with
+    raw["tie_word_embeddings"] = config.tied
+    write_json(folder / "config.json", raw)
 
 
 def stored_dtype(config: Config) -> torch.dtype:
-    """The dtype that the checkpoint's config.json names, float32 if none."""
+    """The dtype that the checkpoint's config.json names, or float32."""
     raw = config.raw | (config.raw.get("text_config") or {})
     return getattr(torch, raw.get("torch_dtype") or raw.get("dtype") or "float32")

@@ -25,8 +25,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import nano_moca
-from nano_moca.builtin import END, KNOWN, NAMES, SPLITS, BuiltinTask, random_scene
-from nano_moca.evaluate import rank_pairs
+from nano_moca.builtin import END, KNOWN, NAMES, SPLITS, BuiltinPairs, random_scene
+from nano_moca.report.ranking import rank_pairs
 from stages import draw_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +71,7 @@ def draw_captions() -> None:
 
 def draw_search(query: int = 150) -> None:
     """A caption among 600 unseen scenes: the five best, before and after; the right one framed."""
-    task = BuiltinTask("caption-to-scene", "test", 0)
+    task = BuiltinPairs("caption-to-scene", "test", 0)
     models = {"before: a captioner,\nas it is": (ROOT / "nano_moca" / "base", "causal", "last"),
               "after both stages": (ROOT / "notebooks" / "embedder", "bidirectional", "mean")}
     figure, axes = plt.subplots(2, 5, figsize=(11, 4.3), layout="constrained")
@@ -80,7 +80,7 @@ def draw_search(query: int = 150) -> None:
         moca = nano_moca.load(folder, "cpu", None, attention, pooling)
         ranking = rank_pairs(task, lambda records: moca.embed(records).numpy())
         print(f"{name!r}: recall@1 {ranking.scores()['recall@1']:.3f}")
-        place, of = ranking.ranks()[query], len(ranking.candidates)
+        place, of = ranking.places()[query], len(ranking.candidates)
         row[0].set_ylabel(f"{name}\nright one: {place} of {of}", fontsize=12)
         for axis, answer in zip(row, np.argsort(-ranking.similarities[query], kind="stable")):
             axis.imshow(ranking.candidates[answer].images[0])

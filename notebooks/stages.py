@@ -1,7 +1,7 @@
 """Draw how the two stages work: `python notebooks/stages.py`, from the repository's root.
 
-The parts are real: a record, what masking.py hides of it, the patterns of attention.py, a batch of
-data.py and what its queries are compared with. Only the circle of unit vectors is a sketch.
+The parts are real: a record, what masking.py masks of it, the patterns of attention.py, a batch of
+batches.py and what its queries are compared with. Only the circle of unit vectors is a sketch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from PIL import Image
 import train_cl
 import train_cpt
 from nano_moca.attention import Segments, reference_attention
-from nano_moca.builtin import Builtin, builtin_tasks
+from nano_moca.batch import KINDS
+from nano_moca.batches import PairBatches
+from nano_moca.builtin import BuiltinRecords, builtin_tasks
 from nano_moca.config import BASE, load_config
-from nano_moca.data import KINDS, PairBatches
-from nano_moca.masking import corrupt
+from nano_moca.masking import mask_batch
 from nano_moca.processor import Processor
-from nano_moca.report import unpatchify
 from torch import device, eye, zeros
 
 FILE = Path(__file__).resolve().parent / "figures" / "stages.png"
@@ -112,18 +112,18 @@ def pattern(length: int, causal: bool) -> np.ndarray:
 
 def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
     """Down the page: a record, what is masked of it, the decoder, and what has to be restored."""
-    flags, batch = train_cpt.Flags, processor.batch([Builtin()[RECORD]])
-    corruption = corrupt(batch, processor, flags.text_mask, flags.image_mask, [(0, RECORD)])
-    hidden = {*corruption.text_rows.tolist(), *corruption.group_rows.tolist()}
-    names, images = token_names(processor, batch.tokens.tolist()), batch.image_rows.tolist()
+    flags, batch = train_cpt.Flags, processor.batch([BuiltinRecords()[RECORD]])
+    masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, [(0, RECORD)])
+    masked_tokens = {*masked.text_index.tolist(), *masked.group_index.tolist()}
+    names, images = token_names(processor, batch.tokens.tolist()), batch.image_index.tolist()
     words, grid = range(images[-1] + 2, len(names) - 1), batch.grids[0].tolist()
-    clear, seen = (unpatchify(part.patches.numpy(), grid, processor)
-                   for part in (batch, corruption.batch))
+    clear, seen = (processor.unpatchify(part.patches.numpy(), grid)
+                   for part in (batch, masked.batch))
     step = processor.config.vision.patch * processor.config.vision.merge  # pixels of a group
     groups = [(slice(y, y + step), slice(x, x + step)) for y in range(0, len(clear), step)
               for x in range(0, clear.shape[1], step)]
     for row, group in zip(images, groups, strict=True):
-        if row in hidden:  # noise has colours, which would draw all eyes
+        if row in masked_tokens:  # noise has colours, which would draw all eyes
             seen[group] = seen[group].mean(-1, keepdims=True)
 
     size, side = 25, 124  # of a token and of a picture
@@ -153,10 +153,10 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
     sheet.picture(seen, last - side, 134, side)
     sheet.arrow(first + side + 10, 196, last - side - 10, 196)
     sheet.arrow(last - side / 2, 259, last - side / 2, 281)
-    sheet.part(first, 282, last, "ViT", "", "vision.py")
+    sheet.part(first, 282, last, "ViT", "", "model.py")
 
     for row, name in enumerate(names):
-        x, width, middle, gone = lefts[row], widths[row], middles[row], row in hidden
+        x, width, middle, gone = lefts[row], widths[row], middles[row], row in masked_tokens
         color, ink = (RED, RED) if gone else (LINE, INK)
         sheet.arrow(middle, 373, middle, 397, color)
         if gone:
@@ -183,7 +183,7 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
 
     sheet.box(LEFT, 398, RIGHT - LEFT, 112)
     sheet.text(first + 12, 444, "Decoder", weight="bold")
-    sheet.text(first + 12, 466, "language.py")
+    sheet.text(first + 12, 466, "model.py")
     sheet.text(end - 12, 454, "attention.py", ha="right")
     for x, causal, told in ((320, True, "before: a token sees\nnothing that follows it"),
                             (716, False, "now: every token\nsees every token")):
@@ -206,7 +206,7 @@ def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
     flags, task = train_cl.Flags, builtin_tasks()[TASK]
     twins = flags.hard_negatives
     drawn = next(PairBatches({TASK: task}, processor, PAIRS, flags.max_tokens, twins, DRAW))
-    answers = [item.images[0] for item in drawn.items[PAIRS:]]  # and their twins
+    answers = [item.images[0] for item in drawn.records[PAIRS:]]  # and their twins
     sheet.box(LEFT, 730, RIGHT - LEFT, 1, LINE, radius=0)
     sheet.head(776, 2, "Contrastive fine-tuning", "train_cl.py",
                "Pull each query towards its answer, and away from all other answers of the batch "
@@ -218,14 +218,14 @@ def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
         sheet.text(x + width / 2, 850, kind, color="white" if chosen else INK, ha="center")
         x += width + 8
     sheet.text(x + 10, 850, "three kinds of pairs; every step is of one task")
-    sheet.text(RIGHT, 850, "data.py", ha="right")
+    sheet.text(RIGHT, 850, "batches.py", ha="right")
 
     top, step, size, cell, grid = 922, 62, 56, 31, 778
     bottom, gap = top + step * (PAIRS - 1) + size, 10
     for x, label in ((LEFT + 20, "query"), (262, "answer"), (332, "near twins"),
                      (grid, "answers"), (grid + cell * PAIRS + gap, "near twins of each")):
         sheet.text(x, top - 18, label, color=SOFT)
-    for i, query in enumerate(drawn.items[:PAIRS]):
+    for i, query in enumerate(drawn.records[:PAIRS]):
         y, told = top + step * i, processor.tokenizer.decode(query.tokens.tolist()).split(", ")
         sheet.text(LEFT, y + size / 2, str(i + 1), color=GREY)
         sheet.text(grid - 18, top + cell * (i + 1.5), str(i + 1), color=GREY)
@@ -254,11 +254,11 @@ def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
     for j, picture in enumerate(answers):
         x = grid + cell * j + gap * (j >= PAIRS)
         sheet.picture(picture, x + 1, top, cell - 2)
-        for i, pair in enumerate(drawn.mine.tolist()):
-            kind = ("not compared" if drawn.forbidden[i, j] else "its near twins" if j >= PAIRS
+        for i, pair in enumerate(drawn.local_index.tolist()):
+            kind = ("not compared" if drawn.excluded[i, j] else "its near twins" if j >= PAIRS
                     else "its answer" if j == pair else "the others' answers")
             sheet.box(x + 1, top + cell * (i + 1) + 1, cell - 2, cell - 2, colors[kind],
-                      LINE if drawn.forbidden[i, j] else "none", 3)
+                      LINE if drawn.excluded[i, j] else "none", 3)
     for index, (kind, color) in enumerate(colors.items()):
         x, y = grid + 200 * (index % 2), top + 170 + 23 * (index // 2)
         sheet.box(x + 1, y, 14, 14, color, LINE if color == "white" else "none", 3)

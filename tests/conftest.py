@@ -1,7 +1,13 @@
-"""What the tests share: the package on the path, and small checkpoints with known answers.
+"""What the tests share: the package on the path, and small checkpoints with known
+answers.
 
-`golden/` holds what transformers computes on tiny random models (see the tests that read it); the
-newer key layout is made from the older one here, so that the repository carries each weight once.
+`golden/` holds what transformers computes on tiny random models. One command makes it
+again, and needs transformers; the top of that file says what each tensor is:
+
+    python tests/make_golden.py
+
+The newer key layout is made from the older one here, so that the repository carries
+each weight once.
 """
 
 import json
@@ -35,10 +41,15 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def records() -> list[Record]:
-    """The eight golden records: text alone, one image, several, special tokens, odd image modes."""
-    lines = map(json.loads, (GOLDEN / "records.jsonl").read_text(encoding="utf-8").splitlines())
-    return [Record(line["text"], [GOLDEN / image for image in line["images"]], f"record {number}")
-            for number, line in enumerate(lines)]
+    """The eight golden records: text alone, one image, several, special tokens, odd
+    image modes."""
+    lines = (GOLDEN / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines):
+        fields = json.loads(line)
+        images = [GOLDEN / image for image in fields["images"]]
+        records.append(Record(fields["text"], images, f"record {number}"))
+    return records
 
 
 @pytest.fixture(scope="session")
@@ -55,36 +66,50 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def newer_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same checkpoint under the names of transformers 4.52 and later, in two shards."""
-    source, target = GOLDEN / "qwen2.5-vl", tmp_path_factory.mktemp("newer-layout")
-    for file in source.glob("*.json"):
-        shutil.copy(file, target)
-    tensors = {newer_name(key): tensor
-               for key, tensor in load_file(source / "model.safetensors").items()}
+    """The same checkpoint under the names of transformers 4.52 and later, in two
+    shards."""
+    older = GOLDEN / "qwen2.5-vl"
+    newer = tmp_path_factory.mktemp("newer-layout")
+    for file in older.glob("*.json"):
+        shutil.copy(file, newer)
+
+    tensors = {}
+    for key, tensor in load_file(older / "model.safetensors").items():
+        tensors[newer_name(key)] = tensor
+
+    # every second tensor, so that each layer is in both shards
+    names = sorted(tensors)
     weight_map = {}
-    for number, keys in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+    for number, keys in enumerate((names[::2], names[1::2]), 1):
         shard = f"model-{number:05d}-of-00002.safetensors"
-        save_file({key: tensors[key] for key in keys}, target / shard, metadata={"format": "pt"})
+        content = {key: tensors[key] for key in keys}
+        save_file(content, newer / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(keys, shard)
-    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return target
+    index = json.dumps({"weight_map": weight_map})
+    (newer / "model.safetensors.index.json").write_text(index)
+    return newer
 
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stage 1's data in small: twelve records, four of them text alone, the rest with a picture."""
-    folder, random = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
+    """Stage 1's data in small: twelve records, four of them text alone, the rest with a
+    picture."""
+    folder = tmp_path_factory.mktemp("mixed")
+    random = np.random.default_rng(0)
     records = []
     for number in range(12):
         if number % 3 == 2:
             text = f"Words alone, number {number}: a quick brown fox jumps over the lazy dog."
             records.append({"text": text})
             continue
+
+        # pictures of four sizes, and so records of several lengths
         sides = ((56, 56), (84, 56), (112, 84), (56, 112))[number % 4]
         pixels = random.integers(0, 255, (*sides, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         text = f"{MARK} picture {number} of noise, in all colours"
         records.append({"text": text, "images": [f"{number}.png"]})
+
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "data.jsonl").write_text(lines, encoding="utf-8")
     return folder / "data.jsonl"
@@ -92,8 +117,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager]:
-    """`with full_disk(size):` no file of this process can grow beyond `size` bytes: writing more
-    fails as it does on a full disk, with another number."""
+    """`with full_disk(size):` no file of this process can grow beyond `size` bytes:
+    writing more fails as it does on a full disk, with another number."""
     resource = pytest.importorskip("resource")
 
     @contextmanager

@@ -23,10 +23,7 @@ from PIL import Image
 
 import nano_moca
 from nano_moca import weights
-from nano_moca.config import parse_config
-from nano_moca.model import VLM
-
-BASE = Path(__file__).resolve().parents[1] / "nano_moca" / "base"
+from nano_moca.config import BASE, parse_config
 
 
 def config_3b() -> dict:
@@ -45,12 +42,10 @@ def write(folder: Path, shard_size: str) -> int:
     """Random weights and the nano tokenizer. Returns the weights' bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     config = parse_config(config_3b())
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in VLM(config).named_parameters()}
     tensors = {}
-    for name, shape in shapes.items():
-        tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-        if len(shape) == 1 and "norm" in name:
+    for name, parameter in weights.empty_model(config).named_parameters():
+        tensors[name] = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02)
+        if parameter.dim() == 1 and "norm" in name:
             tensors[name].fill_(1.0)
     weights.SHARD_SIZE = shard_size
     weights.save_weights(folder, tensors, config)

@@ -1,7 +1,8 @@
 """The ablations by one command: which runs it makes of an arm, and what it keeps. The training
-itself is replaced by what it leaves behind."""
+itself is replaced by what it leaves behind, but for one test: scripts run as processes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,13 @@ from PIL import Image
 
 import train_cl
 import train_cpt
-from nano_moca import MocaError, ablate, evaluate
+from nano_moca import MocaError, ablate
 from nano_moca.ablate import ARMS, SHOWN, Flags
+from nano_moca.builtin import base
 from nano_moca.config import BASE, load_config
+from nano_moca.flags import parse_flags
+
+STAGES = {"train_cpt.py": ("stage 1", train_cpt.Flags), "train_cl.py": ("stage 2", train_cl.Flags)}
 
 
 @pytest.fixture
@@ -19,8 +24,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     """The runs that were made: (what, its flags or words), in order."""
     made: list[tuple[str, object]] = []
 
-    def train(flags: train_cpt.Flags | train_cl.Flags) -> None:
-        made.append(("stage 1" if isinstance(flags, train_cpt.Flags) else "stage 2", flags))
+    def run_script(name: str, words: Sequence[str]) -> None:
+        what, kind = STAGES[name]
+        flags = parse_flags(kind, list(words), "")  # which refuses what the script would refuse
+        made.append((what, flags))
         output = Path(flags.output)
         (output / "model").mkdir(parents=True)
         (output / "scores.json").write_text("{}")
@@ -32,9 +39,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
         tasks = {task: {"recall@1": 0.1 * len(made)} for task in SHOWN}
         Path(words[words.index("--output") + 1]).write_text(json.dumps({"tasks": tasks}))
 
-    monkeypatch.setattr(train_cpt, "train", train)
-    monkeypatch.setattr(train_cl, "train", train)
-    monkeypatch.setattr(evaluate, "main", score)
+    monkeypatch.setattr(ablate, "run_script", run_script)
+    monkeypatch.setattr(base, "run_script", run_script)  # which trains the smaller base
+    monkeypatch.setattr(ablate, "evaluate", score)
     return made
 
 
@@ -113,3 +120,31 @@ def test_an_unknown_arm(tmp_path: Path) -> None:
     """One line that names the arms."""
     with pytest.raises(MocaError, match="the arms are both"):
         ablate.ablate(Flags("bot", 1, str(tmp_path)))
+
+
+def test_a_script_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The script says what is wrong; what ran it stops with an error of its own."""
+    with pytest.raises(MocaError, match="train_cpt.py ended with exit code 1") as caught:
+        base.run_script("train_cpt.py", ["--model", "absent", "--output", str(tmp_path)])
+    assert "\n" not in str(caught.value)
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and "absent" in said and said.count("\n") == 1
+
+
+def test_the_nano_base_is_made_by_the_script(made: list, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causally, on what the base may know; flags of the user come last, and so count."""
+    monkeypatch.chdir(tmp_path)
+    start = tmp_path / "start"
+    start.mkdir()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (start / name).write_bytes((BASE / name).read_bytes())
+    assert base.train_base(start, ["--steps", "7", "--seed", "5"]) == Path("runs/base/model")
+    first = (start / "model.safetensors").read_bytes()
+    assert base.train_base(start, ["--output", "other"]) == Path("other/model")
+    assert (start / "model.safetensors").read_bytes() != first  # of another seed
+    (_, one), (_, two) = made
+    assert (one.steps, one.seed, one.output) == (7, 5, "runs/base")
+    assert (two.steps, two.seed, two.output) == (1600, 0, "other")
+    assert {one.model, two.model} == {str(start)}
+    assert {(run.data, run.objective) for run in (one, two)} == {("builtin:base", "next-token")}

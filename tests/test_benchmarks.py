@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nano_moca import MARK, Moca, MocaError, Record, evaluate
-from nano_moca.builtin import NAMES, NEW, BuiltinTask, builtin_tasks
-from nano_moca.evaluate import main
+from nano_moca import MARK, Moca, MocaError, Record
+from nano_moca.builtin import NAMES, NEW, BuiltinPairs, builtin_tasks
+from nano_moca.evaluate import vectors
+from nano_moca.evaluate.__main__ import main
 
 MODEL = Path(__file__).resolve().parent / "golden" / "qwen2.5-vl"
 WIDTH = 64  # of its vectors
@@ -582,14 +583,14 @@ def test_vidore_without_a_right_page_for_any_query_says_so(tmp_path: Path, stub:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer pairs of each task of the embedded default."""
-    monkeypatch.setattr(BuiltinTask, "SIZES", {"train": 24, "development": 24, "test": 24})
-    monkeypatch.setattr(BuiltinTask, "PAGES", 12)
+    monkeypatch.setattr(BuiltinPairs, "SIZES", {"train": 24, "development": 24, "test": 24})
+    monkeypatch.setattr(BuiltinPairs, "PAGES", 12)
 
 
-BUILTIN = {*BuiltinTask.KINDS, "scene-to-caption, new symbols", "caption-to-scene, new symbols"}
+BUILTIN = {*BuiltinPairs.KINDS, "scene-to-caption, new symbols", "caption-to-scene, new symbols"}
 
 
-def builtin_by_loop(task: BuiltinTask, vector: Vectors) -> dict[str, float]:
+def builtin_by_loop(task: BuiltinPairs, vector: Vectors) -> dict[str, float]:
     """The scores of a task from their definitions."""
     candidates = {content(record): vector(record) for pair in task
                   for record in (pair.positive, *pair.negatives)}
@@ -643,7 +644,7 @@ def test_builtin_gives_all_to_a_model_that_knows(tmp_path: Path, small: None, st
              for pair in tasks[name]}
     for names in (NAMES, NEW):
         meant |= {content(pair.query): pair.positive
-                  for pair in BuiltinTask("scene-to-caption", "test", 0, names)}
+                  for pair in BuiltinPairs("scene-to-caption", "test", 0, names)}
     stub(lambda record: by_content()(meant.get(content(record), record)))
     made = score("builtin", tmp_path / "scores.json")["tasks"]
     for name in BUILTIN - {"text-pairs"}:
@@ -688,7 +689,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Record]:
         return vectors
 
     monkeypatch.setattr(Moca, "embed", counting)
-    monkeypatch.setattr(evaluate, "AT_ONCE", 3)
+    monkeypatch.setattr(vectors, "AT_ONCE", 3)
     return seen
 
 
@@ -761,6 +762,21 @@ def test_other_settings_never_meet_what_was_kept(
     made = score("mmeb", tmp_path / "scores.json", "--data", mmeb_data, *flags)
     assert len(counted) == 2 * number
     assert made == score("mmeb", tmp_path / "fresh.json", "--data", mmeb_data, *flags)
+
+
+def test_other_code_never_meets_what_was_kept(
+        tmp_path: Path, mmeb_data: Path, counted: list[Record], monkeypatch: pytest.MonkeyPatch):
+    """Every file of the package counts, in its folders too."""
+    package = tmp_path / "package"
+    (package / "report").mkdir(parents=True)
+    monkeypatch.setattr(vectors, "__file__", str(package / "evaluate" / "vectors.py"))
+    score("mmeb", tmp_path / "scores.json", "--data", mmeb_data)
+    number = len(counted)
+    score("mmeb", tmp_path / "scores.json", "--data", mmeb_data)
+    assert len(counted) == number
+    (package / "report" / "ranking.py").write_text("")
+    score("mmeb", tmp_path / "scores.json", "--data", mmeb_data)
+    assert len(counted) == 2 * number
 
 
 @pytest.mark.parametrize("moved", [False, True])

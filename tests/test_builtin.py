@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from nano_moca import builtin
-from nano_moca.builtin import CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, Builtin, Scene
-from nano_moca.config import BASE, MocaError, load_config
-from nano_moca.processor import MARK, Record
+from nano_moca.batch import MARK, Record
+from nano_moca.builtin import CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, BuiltinRecords, Scene
+from nano_moca.builtin.base import make_tokenizer
+from nano_moca.builtin.scenes import EMPTY, glyph
+from nano_moca.config import BASE, load_config
+from nano_moca.files import MocaError
 
 SPECIAL = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
@@ -57,7 +60,7 @@ def test_the_words_are_distinct_single_and_well_divided():
 
 
 def test_each_symbol_fills_its_cell_and_looks_like_no_other():
-    inks = np.stack([builtin.glyph(name) for name in NAMES])  # [48, CELL, CELL]
+    inks = np.stack([glyph(name) for name in NAMES])  # [48, CELL, CELL]
     assert inks.dtype == np.float32 and inks.min() >= 0 and inks.max() <= 1
     for name, ink in zip(NAMES, inks):
         box = [np.flatnonzero((ink > 0.5).any(axis)) for axis in (1, 0)]
@@ -80,10 +83,10 @@ def test_pictures_show_what_captions_say(random):
             if cell is None:
                 assert (pixels == GROUND).all()
                 continue
-            ink = builtin.glyph(cell[1]) > 0.99
+            ink = glyph(cell[1]) > 0.99
             assert ink.any() and np.abs(pixels[ink] - COLOURS[cell[0]]).max() <= 4
             # and at the edges, where ink is partial, a blend of ground and colour
-            ink = builtin.glyph(cell[1])[..., None]  # [CELL, CELL, 1]
+            ink = glyph(cell[1])[..., None]  # [CELL, CELL, 1]
             expected = GROUND + ink * (np.array(COLOURS[cell[0]]) - GROUND)
             assert np.abs(pixels - expected).max() <= 1
 
@@ -93,7 +96,7 @@ def test_random_scenes_keep_to_their_names_and_vary(random):
     full = [cell for scene in scenes for cell in scene.cells if cell]
     assert {symbol for _, symbol in full} == set(KNOWN)
     assert {colour for colour, _ in full} == set(COLOURS)
-    assert abs(1 - len(full) / 1600 - builtin.EMPTY) < 0.05
+    assert abs(1 - len(full) / 1600 - EMPTY) < 0.05
     assert all(any(scene.cells) for scene in scenes)
     assert len(set(scenes)) == 400  # 385^4 scenes: chance meetings are negligible
 
@@ -154,10 +157,10 @@ def same(a: Record, b: Record) -> bool:
 
 
 def test_records_depend_on_seed_split_and_index_alone():
-    data, again = Builtin("train", seed=3), Builtin("train", seed=3)
+    data, again = BuiltinRecords("train", seed=3), BuiltinRecords("train", seed=3)
     backwards = {index: again[index] for index in reversed(range(60))}
     assert all(same(data[index], backwards[index]) for index in range(60))
-    other = Builtin("train", seed=4)
+    other = BuiltinRecords("train", seed=4)
     assert not any(same(data[index], other[index]) for index in range(60))
     assert len(data) >= 1_000_000 and same(data[len(data) - 1], again[len(data) - 1])
 
@@ -165,7 +168,7 @@ def test_records_depend_on_seed_split_and_index_alone():
 def test_splits_never_share_a_scene():
     texts = {}
     for split in ("train", "development", "test"):
-        records = [Builtin(split)[index] for index in range(400)]
+        records = [BuiltinRecords(split)[index] for index in range(400)]
         texts[split] = {r.text for r in records if r.images}
         assert len(texts[split]) > 300
     assert not texts["train"] & texts["development"]
@@ -175,15 +178,15 @@ def test_splits_never_share_a_scene():
 
 def test_an_unknown_split_is_refused():
     with pytest.raises((KeyError, MocaError)):
-        Builtin("tset")[0]
+        BuiltinRecords("tset")[0]
 
 
 def test_the_mixture_is_what_the_constants_say():
-    records = [Builtin("train")[index] for index in range(1500)]
+    records = [BuiltinRecords("train")[index] for index in range(1500)]
     texts = sum(not record.images for record in records) / 1500
     pictured = [record for record in records if record.images]
     pages = sum(record.text.count(", ") > 3 for record in pictured) / 1500
-    assert abs(texts - Builtin.TEXTS) < 0.02 and abs(pages - Builtin.PAGES) < 0.02
+    assert abs(texts - BuiltinRecords.TEXTS) < 0.02 and abs(pages - BuiltinRecords.PAGES) < 0.02
     for record in records:
         assert record.text.count(MARK) == len(record.images) <= 1
         assert record.text.startswith(MARK) == bool(record.images)  # the picture comes first
@@ -192,18 +195,18 @@ def test_the_mixture_is_what_the_constants_say():
 
 def test_the_base_never_meets_the_new_symbols():
     for index in range(300):
-        record = Builtin("base")[index]
+        record = BuiltinRecords("base")[index]
         if record.images:
             caption = record.text.removeprefix(MARK).removesuffix(builtin.END)
             symbols = {cell[1] for cell in read_cells(caption) if cell}
             assert symbols and symbols <= set(KNOWN)
-    met = " ".join(Builtin("train")[index].text for index in range(300))
+    met = " ".join(BuiltinRecords("train")[index].text for index in range(300))
     assert all(name in met for name in NEW)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return builtin.make_tokenizer()
+    return make_tokenizer()
 
 
 def test_each_caption_word_is_one_token(tokenizer):

@@ -1,4 +1,5 @@
-"""Records from files, and how a step's batch is drawn and divided: the promises of data.py."""
+"""Records from files, and how a step's records are drawn and divided: the promises of data.py and
+of stage 1's part of batches.py."""
 
 import json
 from pathlib import Path
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.data import Draw, JsonLines, TokenBatches, deal, load_records, open_rows
+from nano_moca.batches import StepRecords, TokenBatches, balance
+from nano_moca.data import JsonLines, load_records, open_rows
 
 LINES = [
     {"text": "words alone", "images": []},
@@ -24,20 +26,22 @@ def write_lines(path: Path, lines: list[dict]) -> Path:
     return path
 
 
-def numbers(draw: Draw) -> list[int]:
-    """The numbers of a draw's records, in the order of the run."""
-    return sorted(number for part in draw.parts for number, _ in part)
+def numbers(step: StepRecords) -> list[int]:
+    """The numbers of a step's records, in the order of the run."""
+    return sorted(number for part in step.micro_batches for number, _ in part)
 
 
-def sources(draw: Draw) -> list[str]:
-    """Where a draw's records came from, in the order of the run."""
-    items = sorted((number, item.source) for part in draw.parts for number, item in part)
-    return [source for _, source in items]
+def sources(step: StepRecords) -> list[str]:
+    """The sources of a step's records, in the order of the run."""
+    found = []
+    for part in step.micro_batches:
+        found += [(number, record.source) for number, record in part]
+    return [source for _, source in sorted(found)]
 
 
 @pytest.fixture
 def make(mixed: Path, moca: Moca):
-    """Make `TokenBatches` over the mixed data: make(budget, seed=, rank=, world=, ...)."""
+    """`TokenBatches` over the mixed data: make(budget, seed, rank, world_size, accumulate)."""
 
     def batches(budget: int = 150, seed: int = 0, *ranks: int, data: Path = mixed,
                 skipped: Path | None = None) -> TokenBatches:
@@ -55,10 +59,11 @@ def test_json_lines_and_parquet_hold_the_same_records(tmp_path: Path) -> None:
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     write_lines(tmp_path / "a.jsonl", LINES)
     parquet.write_table(pyarrow.Table.from_pylist(LINES), tmp_path / "b.parquet", row_group_size=3)
-    json_lines, rows = (load_records(str(tmp_path / n), 0) for n in ("a.jsonl", "b.parquet"))
-    assert len(json_lines) == len(rows) == len(LINES)
+    from_lines = load_records(str(tmp_path / "a.jsonl"), 0)
+    from_parquet = load_records(str(tmp_path / "b.parquet"), 0)
+    assert len(from_lines) == len(from_parquet) == len(LINES)
     for index in (3, 0, 2, 1):
-        ours, theirs = json_lines[index], rows[index]
+        ours, theirs = from_lines[index], from_parquet[index]
         assert (ours.text, ours.images) == (theirs.text, theirs.images)
         assert ours.text == LINES[index]["text"]
         assert ours.images == [tmp_path.resolve() / image for image in LINES[index]["images"]]
@@ -149,13 +154,13 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 # --- dividing -----------------------------------------------------------------------------------
 
-def test_deal_balances() -> None:
-    """Every item goes to one share, and shares differ by no more than the dearest item."""
+def test_balance() -> None:
+    """Every item goes to one share, and shares differ by no more than the costliest item."""
     random = np.random.default_rng(0)
     for parts in (1, 2, 3, 8):
         for _ in range(20):
             costs = random.integers(1, 200, random.integers(parts, 40)).tolist()
-            shares = deal(costs, parts)
+            shares = balance(costs, parts)
             assert sorted(item for share in shares for item in share) == list(range(len(costs)))
             totals = [sum(costs[item] for item in share) for share in shares]
             assert len(shares) == parts and min(totals) > 0
@@ -168,22 +173,23 @@ def test_ranks_share_the_batch_of_one(make, world: int, accumulate: int) -> None
     one = make(300)
     many = [make(300, 0, rank, world, accumulate) for rank in range(world)]
     for _ in range(6):
-        whole, shares = next(one), [next(batches) for batches in many]
-        assert numbers(whole) == sorted(n for share in shares for n in numbers(share))
-        assert sorted(sources(whole)) == sorted(s for share in shares for s in sources(share))
-        assert {share.tokens for share in shares} == {whole.tokens}
-        assert all(share.state == whole.state for share in shares)
-        assert all(len(share.parts) == accumulate and all(share.parts) for share in shares)
+        alone, shares = next(one), [next(batches) for batches in many]
+        assert numbers(alone) == sorted(n for share in shares for n in numbers(share))
+        assert sorted(sources(alone)) == sorted(s for share in shares for s in sources(share))
+        assert {share.tokens for share in shares} == {alone.tokens}
+        assert all(share.state == alone.state for share in shares)
+        for share in shares:
+            assert len(share.micro_batches) == accumulate and all(share.micro_batches)
 
 
 # --- drawing ------------------------------------------------------------------------------------
 
 def test_each_record_once_an_epoch(make) -> None:
     """Twelve records: every twelve in a row are all of them, whatever the steps' borders."""
-    batches, seen = make(150), []
-    while len(seen) < 36:
-        seen += sources(next(batches))
-    epochs = [seen[start : start + 12] for start in (0, 12, 24)]
+    batches, drawn = make(150), []
+    while len(drawn) < 36:
+        drawn += sources(next(batches))
+    epochs = [drawn[start : start + 12] for start in (0, 12, 24)]
     assert all(len(set(epoch)) == 12 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -199,12 +205,12 @@ def test_budget(make) -> None:
     """A step holds at most the budget, the next record would not have fitted; a record larger than
     the budget comes alone."""
     batches = make(150)
-    draws = [next(batches) for _ in range(10)]
-    for draw, after in zip(draws[:-1], draws[1:], strict=True):
-        items = sorted((n, len(item.tokens)) for n, item in draw.parts[0])
-        first = min((n, len(item.tokens)) for n, item in after.parts[0])
-        assert draw.tokens == sum(length for _, length in items) <= 150
-        assert draw.tokens + first[1] > 150
+    steps = [next(batches) for _ in range(10)]
+    for step, after in zip(steps[:-1], steps[1:], strict=True):
+        lengths = [len(record.tokens) for _, record in step.micro_batches[0]]
+        first = min((n, len(record.tokens)) for n, record in after.micro_batches[0])
+        assert step.tokens == sum(lengths) <= 150
+        assert step.tokens + first[1] > 150
     alone = make(5)
     assert [len(numbers(next(alone))) for _ in range(4)] == [1, 1, 1, 1]
 
@@ -217,7 +223,7 @@ def test_seeds_and_epochs_change_the_order(make) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4, 9])
 def test_state_resumes_the_draws(make, steps: int) -> None:
-    """From a draw's state, through JSON, a fresh process draws exactly what follows."""
+    """From a step's state, through JSON, a fresh process draws exactly what follows."""
     batches = make(150)
     for _ in range(steps):
         state = json.loads(json.dumps(next(batches).state))
@@ -244,19 +250,19 @@ def test_unusable_records(make, mixed: Path, tmp_path: Path) -> None:
     batches = make(data=data)
     with pytest.raises(MocaError, match=r"data\.jsonl:(4|5|15)"):
         for _ in range(20):  # a picture that is cut short shows when it is decoded
-            for part in next(batches).parts:
-                batches.processor.pack([item for _, item in part])
+            for part in next(batches).micro_batches:
+                batches.processor.pack([record for _, record in part])
 
-    batches, seen = make(data=data, skipped=skipped), []
-    while len(seen) < 24:
-        draw = next(batches)
-        seen += sources(draw)
-    assert len(set(seen[:12])) == len(set(seen[12:24])) == 12
+    batches, drawn = make(data=data, skipped=skipped), []
+    while len(drawn) < 24:
+        step = next(batches)
+        drawn += sources(step)
+    assert len(set(drawn[:12])) == len(set(drawn[12:24])) == 12
     listed = [json.loads(line) for line in skipped.read_text().splitlines()]
     assert [line["count"] for line in listed] == list(range(1, len(listed) + 1))
     for place in (4, 5, 15):
         assert any(f"data.jsonl:{place}: " in line["reason"] for line in listed[:3])
-    assert draw.state["skipped"] == len(listed)
+    assert step.state["skipped"] == len(listed)
 
 
 def test_nothing_usable(make, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 import nano_moca
 from nano_moca import MARK, Moca, MocaError
-from nano_moca.evaluate import AT_ONCE, main
+from nano_moca.evaluate.__main__ import main
+from nano_moca.evaluate.vectors import AT_ONCE
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODEL = GOLDEN / "qwen2.5-vl"

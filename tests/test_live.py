@@ -4,6 +4,7 @@ The golden cases fix a few answers; here fresh tiny models of random shapes are 
 transformers, read by nano_moca and compared; and transformers reads what nano_moca saves.
 """
 
+import json
 import random
 import shutil
 from functools import partial
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import nano_moca
 from nano_moca import MARK, Moca, Record, weights
+from nano_moca.checkpoint import save_model
 from nano_moca.config import load_config
+from nano_moca.distributed import World
 from nano_moca.processor import Processor, smart_resize
-from nano_moca.trainer import World, save_model
 
 transformers = pytest.importorskip("transformers")
 close = partial(torch.testing.assert_close, rtol=0)
@@ -45,14 +48,14 @@ def reference_image_processor(**limits: int):
 
 def reference_model(family: str, dice: random.Random, tied: bool) -> nn.Module:
     """A model of random shape and weights, the weights large enough for every part to count."""
-    head_width, key_heads = dice.choice([16, 24, 32]), dice.choice([1, 2])
-    heads = key_heads * dice.choice([1, 2, 3])
+    head_width, kv_heads = dice.choice([16, 24, 32]), dice.choice([1, 2])
+    heads = kv_heads * dice.choice([1, 2, 3])
     side = 3 * head_width // 16
     vision_heads, width = dice.choice([1, 2, 3]), heads * head_width
     text = dict(
         vocab_size=704, hidden_size=width, intermediate_size=dice.choice([40, 100]),
         num_hidden_layers=dice.choice([1, 2, 3]), num_attention_heads=heads,
-        num_key_value_heads=key_heads, rope_theta=dice.choice([1e4, 1e6]), rms_norm_eps=1e-6,
+        num_key_value_heads=kv_heads, rope_theta=dice.choice([1e4, 1e6]), rms_norm_eps=1e-6,
         rope_scaling={"type": "mrope", "mrope_section": [head_width // 2 - 2 * side, side, side]},
         tie_word_embeddings=tied, image_token_id=612, video_token_id=613,
         vision_start_token_id=609, vision_end_token_id=610, bos_token_id=600, eos_token_id=602,
@@ -235,9 +238,9 @@ def test_special_tokens_in_text(moca: Moca, golden: Path) -> None:
     path = str(golden / "qwen2.5-vl" / "tokenizer.json")
     theirs = Tokenizer.from_file(path)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=path)
-    homeless = ("<|image_pad|>", "<|video_pad|>")  # refused without an image
+    stray = ("<|image_pad|>", "<|video_pad|>")  # refused without an image
     special = [token.content for token in theirs.get_added_tokens_decoder().values()
-               if token.content not in homeless]
+               if token.content not in stray]
     dice = random.Random(0)
     for _ in range(50):
         words = [" a", "b ", "\n\n", "  ", "caf\u00e9", "cafe\u0301", "\u4f60\u597d", "<|", "|>",
@@ -248,3 +251,23 @@ def test_special_tokens_in_text(moca: Moca, golden: Path) -> None:
     for name in special:
         ids = moca.processor.batch([Record(f"a{name}b")]).tokens.tolist()
         assert ids == [*theirs.encode("a").ids, theirs.token_to_id(name), *theirs.encode("b").ids]
+
+
+@pytest.mark.repository
+def test_golden_can_be_made_again(golden: Path, tmp_path: Path) -> None:
+    """make_golden.py makes every file of golden/, each with the tensors that it has there. (Their
+    values depend on the versions of Python, Pillow and torch: see there.)"""
+    import make_golden
+
+    make_golden.make(tmp_path)
+    files = sorted(path.relative_to(golden) for path in golden.rglob("*") if path.is_file())
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert made == files
+    for path in files:
+        ours, theirs = tmp_path / path, golden / path
+        if path.suffix == ".safetensors":
+            assert load_file(ours).keys() == load_file(theirs).keys(), path
+        if path.name == "config.json":
+            versions = {"transformers_version": ""}
+            contents = [json.loads(file.read_text()) | versions for file in (ours, theirs)]
+            assert contents[0] == contents[1], path

@@ -20,7 +20,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FOLDERS = ("", "nano_moca", "notebooks", "tests")  # where a file that is named alone may lie
+FOLDERS = ("", "nano_moca", "nano_moca/builtin", "nano_moca/evaluate", "nano_moca/report",
+           "notebooks", "tests")  # where a file that is named alone may lie
 LARGEST = 650_000  # bytes of a notebook
 SECONDS = 600  # far more than any needs: a stop for one that hangs
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Stage 2's data: pairs from files, and the plan of batches of one task."""
+"""Stage 2's data: pairs from files, and the plan of batches of one task (batches.py)."""
 
 import json
 from collections import Counter
@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.data import KINDS, Pair, PairBatches, load_tasks, record_key
+from nano_moca.batch import KINDS, Pair
+from nano_moca.batches import PairBatches
+from nano_moca.data import load_tasks, record_key
 
 
 def line(task: str = "find", kind: str = "text-only", query: object = None,
@@ -70,11 +72,11 @@ def test_a_file_says_its_tasks(tmp_path: Path) -> None:
 
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    (tmp_path / "rows").mkdir()
+    (tmp_path / "parquet").mkdir()
     inside = [{**each, "negatives": each.get("negatives", [])} for each in lines[:3]]
-    parquet.write_table(arrow.Table.from_pylist(inside), tmp_path / "rows" / "data.parquet")
-    rows = load_tasks(str(tmp_path / "rows"), 0)
-    assert [pair.query.text for pair in rows["one"]] == ["q0", "q1", "q2"]
+    parquet.write_table(arrow.Table.from_pylist(inside), tmp_path / "parquet" / "data.parquet")
+    tasks = load_tasks(str(tmp_path / "parquet"), 0)
+    assert [pair.query.text for pair in tasks["one"]] == ["q0", "q1", "q2"]
 
 
 @pytest.mark.parametrize(("bad", "says"), [
@@ -135,15 +137,15 @@ def test_an_epoch_has_each_pair_once(batches: Callable, seed: int) -> None:
     plan = batches(sizes, batch, seed=seed)
     left_out = []
     for epoch in range(3):
-        seen: dict[str, list[int]] = {name: [] for name in sizes}
+        drawn: dict[str, list[int]] = {name: [] for name in sizes}
         for name, number in plan.plan(epoch):
             members = plan.members(name, number)
             assert len(members) == batch
-            seen[name] += members
+            drawn[name] += members
         for name, size in sizes.items():
-            assert len(seen[name]) == len({*seen[name]}) == size // batch * batch
-            assert {*seen[name]} <= {*range(size)}
-        left_out.append([sorted({*range(size)} - {*seen[name]}) for name, size in sizes.items()])
+            assert len(drawn[name]) == len({*drawn[name]}) == size // batch * batch
+            assert {*drawn[name]} <= {*range(size)}
+        left_out.append([sorted({*range(size)} - {*drawn[name]}) for name, size in sizes.items()])
     orders = [[name for name, _ in plan.plan(epoch)] for epoch in range(3)]
     if len(sizes) > 1 and len(orders[0]) > 12:
         assert orders[0] != orders[1], "tasks follow each other alike in every epoch"
@@ -156,13 +158,13 @@ def test_an_epoch_has_each_pair_once(batches: Callable, seed: int) -> None:
 def test_tasks_in_proportion_to_a_power_of_their_size(batches: Callable, alpha: float, seed: int
                                                       ) -> None:
     """A task's steps are size^alpha of all, to one step; and however often a task's turn comes, no
-    pair is seen a second time before all (but for a partial batch) were seen once."""
+    pair comes a second time before all (but for a partial batch) came once."""
     random = np.random.default_rng((seed, 1))
     sizes = {f"t{i}": 4 * int(random.integers(1, 40)) for i in range(random.integers(2, 6))}
     plan = batches(sizes, 4, alpha=alpha, seed=seed)
     weights = {name: (size // 4) ** alpha for name, size in sizes.items()}
     taken: Counter = Counter()
-    seen: dict[str, list[int]] = {name: [] for name in sizes}
+    drawn: dict[str, list[int]] = {name: [] for name in sizes}
     for epoch in range(4):
         steps = plan.plan(epoch)
         assert len(steps) == sum(sizes.values()) // 4
@@ -173,32 +175,32 @@ def test_tasks_in_proportion_to_a_power_of_their_size(batches: Callable, alpha: 
         for name, number in sorted(steps, key=lambda step: step[1]):
             assert number == taken[name], "a batch of a task is skipped or comes twice"
             taken[name] += 1
-            seen[name] += plan.members(name, number)
+            drawn[name] += plan.members(name, number)
     for name, size in sizes.items():
-        whole = len(seen[name]) // size
-        for turn in range(whole):
-            assert len({*seen[name][turn * size : (turn + 1) * size]}) == size
+        for turn in range(len(drawn[name]) // size):
+            assert len({*drawn[name][turn * size : (turn + 1) * size]}) == size
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_divide_a_step(batches: Callable, moca: Moca, world: int) -> None:
     """All ranks take part in the same batch of one task; together they have each pair once."""
-    whole = batches({"a": 20, "b": 30}, 7, negatives=2)
-    ranks = [batches({"a": 20, "b": 30}, 7, negatives=2, rank=r, world=world) for r in range(world)]
+    sizes = {"a": 20, "b": 30}
+    one = batches(sizes, 7, negatives=2)
+    ranks = [batches(sizes, 7, negatives=2, rank=r, world_size=world) for r in range(world)]
     for _ in range(8):
-        alone, parts = next(whole), [next(rank) for rank in ranks]
+        alone, parts = next(one), [next(rank) for rank in ranks]
         assert {part.task for part in parts} == {alone.task}
         assert {part.batch for part in parts} == {7} and {part.tokens for part in parts} == {
             alone.tokens}
-        assert sorted(sum((part.mine.tolist() for part in parts), [])) == list(range(7))
+        assert sorted(sum((part.local_index.tolist() for part in parts), [])) == list(range(7))
         for part in parts:
-            for i, pair in enumerate(part.mine.tolist()):  # the same pairs as alone
-                for offset, other in ((0, 0), (len(part.mine), 7)):
-                    assert np.array_equal(part.items[offset + i].tokens,
-                                          alone.items[other + pair].tokens)
-            assert part.largest == max(len(other.items) for other in parts)
+            for i, pair in enumerate(part.local_index.tolist()):  # the same pairs as alone
+                for offset, other in ((0, 0), (len(part.local_index), 7)):
+                    assert np.array_equal(part.records[offset + i].tokens,
+                                          alone.records[other + pair].tokens)
+            assert part.most_records == max(len(other.records) for other in parts)
         assert alone.state == parts[0].state
-        said = texts(moca, alone.items)
+        said = texts(moca, alone.records)
         assert all(text.startswith(alone.task) for text in said), "a batch mixes tasks"
 
 
@@ -212,7 +214,7 @@ def test_a_plan_resumes(batches: Callable) -> None:
         one, two = next(first), next(second)
         assert one.task == two.task and one.state == two.state
         assert all(np.array_equal(a.tokens, b.tokens)
-                   for a, b in zip(one.items, two.items, strict=True))
+                   for a, b in zip(one.records, two.records, strict=True))
 
 
 def test_a_task_smaller_than_a_batch(batches: Callable) -> None:
@@ -223,17 +225,17 @@ def test_a_task_smaller_than_a_batch(batches: Callable) -> None:
 
 def test_hard_negatives_take_turns(batches: Callable, moca: Moca) -> None:
     """At most as many as asked for; each of a pair's comes in some pass; none when 0."""
-    plan, seen = batches({"a": 4}, negatives=3, hard=2), Counter()
+    plan, turns = batches({"a": 4}, negatives=3, hard=2), Counter()
     for _ in range(3):
         drawn = next(plan)
-        assert len(drawn.items) == 4 + 4 + 8
-        seen.update(texts(moca, drawn.items[8:]))
-    assert len(seen) == 12 and {*seen.values()} == {2}
-    assert len(next(batches({"a": 4}, negatives=1, hard=2)).items) == 4 + 4 + 4
-    assert len(next(batches({"a": 4}, negatives=3, hard=0)).items) == 8
+        assert len(drawn.records) == 4 + 4 + 8
+        turns.update(texts(moca, drawn.records[8:]))
+    assert len(turns) == 12 and {*turns.values()} == {2}
+    assert len(next(batches({"a": 4}, negatives=1, hard=2)).records) == 4 + 4 + 4
+    assert len(next(batches({"a": 4}, negatives=3, hard=0)).records) == 8
 
 
-# --- what is not a negative ---------------------------------------------------------------------
+# --- candidates that are excluded ---------------------------------------------------------------
 
 def test_equal_positives_are_no_negatives(moca: Moca) -> None:
     """Equal in text and image; and a hard negative counts for its own query only, unless it is the
@@ -245,17 +247,17 @@ def test_equal_positives_are_no_negatives(moca: Moca) -> None:
     task = [Pair(Record(f"{i}?"), answer, near)
             for i, (answer, near) in enumerate(zip(answers, hard, strict=True))]
     drawn = next(PairBatches({"a": task}, moca.processor, 6, 64, 2, 0))
-    order = [int(text[0]) for text in texts(moca, drawn.items[:6])]  # the pair at each place
-    assert [order[i] for i in drawn.mine.tolist()] == order
+    order = [int(text[0]) for text in texts(moca, drawn.records[:6])]  # the pair at each place
+    assert [order[i] for i in drawn.local_index.tolist()] == order
     alike = {(0, 2), (2, 0), (3, 5), (5, 3)}
     owners = [(pair, near) for pair in order for near in hard[pair]]
     for row, query in enumerate(order):
         for column, pair in enumerate(order):
-            assert drawn.forbidden[row, column] == ((query, pair) in alike)
+            assert drawn.excluded[row, column] == ((query, pair) in alike)
         for column, (pair, near) in enumerate(owners, 6):
             allowed = pair == query and record_key(near) != record_key(answers[query])
-            assert drawn.forbidden[row, column] == (not allowed)
-    assert drawn.forbidden.shape == (6, 6 + 4) and drawn.forbidden.dtype == torch.bool
+            assert drawn.excluded[row, column] == (not allowed)
+    assert drawn.excluded.shape == (6, 6 + 4) and drawn.excluded.dtype == torch.bool
 
 
 def test_kinds() -> None:

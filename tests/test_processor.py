@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.config import load_config
 from nano_moca.processor import Processor, smart_resize
-from nano_moca.report import unpatchify
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def test_unpatchify_inverts_patchify(processor: Processor) -> None:
     for width, height in ((56, 84), (140, 28 * 3), (28 * 4, 28 * 5)):
         image = picture(width, height)
         patches, grid = patches_of(processor, image)
-        again = np.rint(unpatchify(patches, grid, processor) * 255).astype(np.uint8)
+        again = np.rint(processor.unpatchify(patches, grid) * 255).astype(np.uint8)
         np.testing.assert_array_equal(again, np.asarray(image))
 
 
@@ -170,9 +169,9 @@ def test_pack_offsets(processor: Processor, records: list[Record]) -> None:
     for item, begin, end in zip(encoded, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         assert batch.tokens[begin:end].tolist() == item.tokens.tolist()
         assert batch.positions[:, begin:end].tolist() == item.positions.tolist()
-    assert batch.patches.shape == (4 * len(batch.image_rows), 1176)
+    assert batch.patches.shape == (4 * len(batch.image_index), 1176)
     assert batch.grids.tolist() == [list(grid) for item in encoded for grid in item.grids]
-    assert (batch.tokens[batch.image_rows] == processor.image_token).all()
+    assert (batch.tokens[batch.image_index] == processor.image_token).all()
     assert batch.sources == [f"record {number}" for number in range(8)]
     assert torch.equal(processor.batch(records).patches, batch.patches)
 
@@ -199,41 +198,41 @@ def test_random_records(processor: Processor) -> None:
         groups = sum(rows * columns // 4 for _, rows, columns in encoded.grids)
         words = processor.tokenizer.encode(record.text).ids
         assert len(encoded.tokens) == len(words) - len(record.images) + groups
-        assert len(batch.patches) == 4 * groups == 4 * len(batch.image_rows)
+        assert len(batch.patches) == 4 * groups == 4 * len(batch.image_index)
         assert (np.diff(encoded.positions.max(0)) <= 1).all()  # no position is left out
 
 
 def test_length_needs_the_header_only(processor: Processor) -> None:
     """`encode` does not decode images; asked to, it looks whether they can be."""
-    whole = as_bytes(picture(84, 56))
-    cut = Record(MARK, [whole[: len(whole) // 2]], "line 5")
+    contents = as_bytes(picture(84, 56))
+    cut = Record(MARK, [contents[: len(contents) // 2]], "line 5")
     assert len(processor.encode(cut).tokens) == 2 + 6
     with pytest.raises(MocaError, match="line 5"):
         processor.encode(cut, decode=True)
     refusal(processor, cut)
     with pytest.raises(MocaError, match="line 5"):
-        processor.encode(Record(MARK, [whole[:10]], "line 5"))
+        processor.encode(Record(MARK, [contents[:10]], "line 5"))
 
 
 def test_max_tokens_shortens_text_only(processor: Processor) -> None:
-    """Text is cut at the limit; images stay whole, up to the last one's end token."""
-    whole = Record(f"see {MARK}" + " and more words" * 20, [picture(84, 56)])
-    full = processor.encode(whole)
+    """Text is cut at the limit; images stay complete, up to the last one's end token."""
+    record = Record(f"see {MARK}" + " and more words" * 20, [picture(84, 56)])
+    full = processor.encode(record)
     images_end = int(np.flatnonzero(full.tokens == processor.image_token)[-1]) + 2
     for limit in (images_end, images_end + 5):
-        short = processor.encode(whole, limit)
+        short = processor.encode(record, limit)
         np.testing.assert_array_equal(short.tokens, full.tokens[:limit])
         np.testing.assert_array_equal(short.positions, full.positions[:, :limit])
         assert short.grids == full.grids
-    assert len(processor.encode(whole, 10**6).tokens) == len(full.tokens)
-    message = refusal(processor, Record(whole.text, whole.images, "line 3"), images_end - 1)
+    assert len(processor.encode(record, 10**6).tokens) == len(full.tokens)
+    message = refusal(processor, Record(record.text, record.images, "line 3"), images_end - 1)
     assert str(images_end) in message and "line 3" in message
 
 
 def test_mask_token_takes_the_first_free_id(processor: Processor) -> None:
     """The mask token's id follows the tokenizer's last, within the padded rows."""
     others = processor.tokenizer.get_vocab(with_added_tokens=True)
-    assert processor.mask_is_new and processor.mask_token == len(others) - 1
+    assert processor.new_mask_token == processor.mask_token == len(others) - 1
     assert processor.mask_token < processor.config.vocabulary
     assert processor.mask_token in processor.special_tokens
 
@@ -243,7 +242,7 @@ def test_saved_processor_is_the_same(processor: Processor, records: list[Record]
     """Saved and read again, ids and pixels are the same, and the mask token is known."""
     processor.save(tmp_path)
     again = Processor.load(tmp_path, processor.config)
-    assert not again.mask_is_new and again.mask_token == processor.mask_token
+    assert again.new_mask_token is None and again.mask_token == processor.mask_token
     ours, theirs = processor.batch(records), again.batch(records)
     assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.patches, theirs.patches)
     refusal(again, Record("a <|mask|> b", [], "line 1"))
@@ -265,7 +264,7 @@ def test_saved_processor_is_the_same(processor: Processor, records: list[Record]
     ("a <|mask|> in the text", 0, "<|mask|>"),
 ])
 def test_texts_that_are_refused(processor: Processor, text: str, count: int, words: str) -> None:
-    """Marks without images, homeless vision tokens and empty texts name the record."""
+    """Marks without images, stray vision tokens and empty texts name the record."""
     record = Record(text, [picture(60, 60)] * count, "data.jsonl line 7")
     assert words in refusal(processor, record)
 
@@ -326,10 +325,10 @@ def test_nothing_to_embed(moca: Moca) -> None:
 def test_tokenizers_that_are_refused(checkpoint: Path) -> None:
     """A tokenizer without the vision tokens, of another checkpoint, or cut short is named."""
     config, path = load_config(checkpoint), checkpoint / "tokenizer.json"
-    whole = path.read_text(encoding="utf-8")
+    contents = path.read_text(encoding="utf-8")
     image, video = "<|image_pad|>", "<|video_pad|>"
-    exchanged = whole.replace(image, "<|x|>").replace(video, image).replace("<|x|>", video)
-    for content in (whole.replace(image, "<|other|>"), exchanged, whole[:-5], "{}"):
+    exchanged = contents.replace(image, "<|x|>").replace(video, image).replace("<|x|>", video)
+    for content in (contents.replace(image, "<|other|>"), exchanged, contents[:-5], "{}"):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(MocaError, match="tokenizer.json"):
             Processor.load(checkpoint, config)

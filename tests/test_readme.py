@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import re
-import tokenize
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -17,35 +14,13 @@ from PIL import Image
 
 import train_cl
 import train_cpt
+from measures import (
+    PACKAGE, ROOT, SCRIPTS, beside_files, code_lines, imports, is_beside, module_name, road_files,
+)
 from nano_moca.ablate import ARMS, SHOWN
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.repository
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# not on the road that training runs on
-BESIDE = {"builtin.py", "evaluate.py", "benchmark.py", "ablate.py"}
-
-
-def code_lines(path: Path) -> int:
-    """Lines that hold code: not blank, no comment, no docstring."""
-    source = path.read_text(encoding="utf-8")
-    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-             tokenize.ENDMARKER}
-    lines = {line for token in tokenize.generate_tokens(io.StringIO(source).readline)
-             if token.type not in blank for line in range(token.start[0], token.end[0] + 1)}
-    for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if documented and ast.get_docstring(node):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
-
-
-SCRIPTS = [ROOT / "train_cpt.py", ROOT / "train_cl.py"]
-
-
-def road_files() -> list[Path]:
-    """What the two stages run on."""
-    package = sorted(path for path in (ROOT / "nano_moca").glob("*.py") if path.name not in BESIDE)
-    return [*SCRIPTS, *package]
 
 
 def test_the_first_sentence_counts_right() -> None:
@@ -53,26 +28,27 @@ def test_the_first_sentence_counts_right() -> None:
     files, lines = re.search(r"the (\d+) files .*? are ([\d,]+)\s+lines", README, re.S).groups()
     assert int(files) == len(road_files()) - len(SCRIPTS)
     assert int(lines.replace(",", "")) == sum(map(code_lines, road_files()))
-    beside = sum(code_lines(ROOT / "nano_moca" / name) for name in BESIDE)
-    assert f"another {beside} lines" in README
+    assert f"another {sum(map(code_lines, beside_files())):,} lines" in README
 
 
 def test_the_table_lists_every_file_with_its_lines() -> None:
-    """A row a file, in the order in which they import each other."""
-    rows = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M))
-    paths = [*SCRIPTS, *(ROOT / "nano_moca").glob("*.py")]
-    assert {name: int(count) for name, count in rows.items()} == {
-        str(path.relative_to(ROOT)): code_lines(path) for path in paths}
+    """A row a file, marked where it stands beside the road; files without code need none."""
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \| (\*beside:\*)?", README, re.M)
+    paths = [*SCRIPTS, *(path for path in PACKAGE.rglob("*.py") if code_lines(path))]
+    assert {name: (int(count), bool(mark)) for name, count, mark in rows} == {
+        str(path.relative_to(ROOT)): (code_lines(path), is_beside(path)) for path in paths}
 
 
 def test_files_import_only_from_files_above() -> None:
-    """The reading order is an order: no file of the table needs one that stands below it."""
-    order = re.findall(r"^\| `nano_moca/(\w+)\.py` \|", README, re.M)
-    for name in order:
-        source = (ROOT / "nano_moca" / f"{name}.py").read_text(encoding="utf-8")
-        source = source.replace("if TYPE_CHECKING:", "\0").split("\0")[0]  # annotations only
-        for needed in re.findall(r"^from nano_moca\.(\w+) import", source, re.M):
-            assert order.index(needed) < order.index(name), f"{name} imports {needed}"
+    """The order is an order: no file of the table needs one that stands below it."""
+    order = [module_name(ROOT / name) for name in
+             re.findall(r"^\| `([\w/]+\.py)` \|", README, re.M)]
+    for number, name in enumerate(order):
+        path = ROOT.joinpath(*name.split("."))
+        file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        for needed in imports(file, everywhere=False) - {"nano_moca"}:
+            place = order.index(needed) if needed in order else -1  # a room without code
+            assert place < number, f"{name} imports {needed}"
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
@@ -87,15 +63,6 @@ def test_flags_exist() -> None:
              for script in (train_cpt, train_cl) for field in fields(script.Flags)}
     known |= {"--help", "--nproc_per_node", "--input", "--prompt", "--images"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
-
-
-def test_no_line_is_too_long() -> None:
-    """At most 100 characters a line of code."""
-    for path in [*SCRIPTS, *(path for folder in ("nano_moca", "tests", "notebooks")
-                             for path in (ROOT / folder).glob("*.py"))]:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
-        assert not long, f"{path}: lines {long}"
 
 
 def test_the_drawing_is_still_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

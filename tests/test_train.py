@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 import nano_moca
 import train_cpt
 from launching import (
-    SMALL, assert_equal_run, assert_same_run, read_log, read_weights, torchrun, wait_for, words,
-    write_data,
+    FAULTS, SMALL, assert_equal_run, assert_same_run, read_log, read_weights, torchrun, wait_for,
+    words, write_data,
 )
-from nano_moca import MARK, MocaError
+from nano_moca import MARK, MocaError, model
+from nano_moca.report import stage1
 
 SCRIPT = train_cpt
 STEPS = 6
@@ -113,6 +114,22 @@ def test_two_ranks_change_nothing(plain: Path, golden: Path, mixed: Path, tmp_pa
     assert ours.keys() == theirs.keys()
     for name, score in theirs.items():
         assert ours[name] == (score if score is None else pytest.approx(score, rel=1e-3)), name
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(plain: Path, run: Callable, tmp_path: Path, fault: str) -> None:
+    """The comparison with one rank is not so wide that a real fault of two would pass."""
+    faulty = run(tmp_path / "run", ranks=2, fault=fault)
+    with pytest.raises(AssertionError):
+        assert_same_run(faulty, plain)
+
+
+def test_no_report(run: Callable, plain: Path, tmp_path: Path) -> None:
+    """--no-report: the same model, without scores and pictures."""
+    output = run(tmp_path / "run", "--no-report")
+    names = "checkpoint log.jsonl model".split()
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert all(map(torch.equal, read_weights(output).values(), read_weights(plain).values()))
 
 
 def test_micro_batches_change_nothing(plain: Path, run: Callable, tmp_path: Path) -> None:
@@ -236,7 +253,7 @@ def test_resumed_with_other_data(plain: Path, golden: Path, data: Path, tmp_path
 def ablated(golden: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ) -> Callable[..., list[dict]]:
     """The log of two steps with other flags, run in this process."""
-    monkeypatch.setattr(train_cpt, "REPORT_TOKENS", SMALL["train_cpt"]["REPORT_TOKENS"])
+    monkeypatch.setattr(stage1, "REPORT_TOKENS", SMALL[stage1]["REPORT_TOKENS"])
 
     def ablated(*flags: str) -> list[dict]:
         in_process(golden, tmp_path / "run", "--data", mixed, "--steps", "2", *flags)
@@ -245,8 +262,8 @@ def ablated(golden: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return ablated
 
 
-def test_no_text_is_hidden(ablated: Callable, tmp_path: Path) -> None:
-    """--text-mask 0: no MLM loss, MAE goes on, and the report says that nothing was hidden."""
+def test_no_text_is_masked(ablated: Callable, tmp_path: Path) -> None:
+    """--text-mask 0: no MLM loss, MAE goes on, and the report says that nothing was masked."""
     for line in ablated("--text-mask", "0"):
         assert line["mlm_loss"] == 0 < line["mae_loss"]
         assert line["loss"] == pytest.approx(0.5 * line["mae_loss"])
@@ -255,7 +272,7 @@ def test_no_text_is_hidden(ablated: Callable, tmp_path: Path) -> None:
     assert scores["patch error, words visible"] > 0
 
 
-def test_no_patch_is_hidden(ablated: Callable) -> None:
+def test_no_patch_is_masked(ablated: Callable) -> None:
     """--image-mask 0 and --mae-weight 0 do the same: no MAE loss, whole images, MLM goes on."""
     logs = ablated("--image-mask", "0"), ablated("--mae-weight", "0")
     for one, other in zip(*logs, strict=True):
@@ -271,7 +288,7 @@ def test_nothing_to_learn(ablated: Callable, flags: str) -> None:
 
 
 def test_no_report_of_what_was_not_learned(ablated: Callable, tmp_path: Path) -> None:
-    """With --mae-weight 0 no patch is hidden in the report either."""
+    """With --mae-weight 0 no patch is masked in the report either."""
     ablated("--mae-weight", "0")
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["patch error, words visible"] is None
@@ -444,14 +461,14 @@ def test_loss_not_finite(plain: Path, golden: Path, mixed: Path, run: Callable, 
                          monkeypatch: pytest.MonkeyPatch) -> None:
     """The step and its records are named, and the checkpoint is the step's before: resumed without
     the fault, the run ends as if nothing had been."""
-    right, calls = train_cpt.masked_reconstruction_loss, []
+    right, calls = model.masked_reconstruction_loss, []
 
     def wrong(*tensors: torch.Tensor, **counts: float) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
         mlm, mae = right(*tensors, **counts)
         return (mlm * float("nan"), mae) if len(calls) == 4 else (mlm, mae)
 
-    monkeypatch.setattr(train_cpt, "masked_reconstruction_loss", wrong)
+    monkeypatch.setattr(model, "masked_reconstruction_loss", wrong)
     with pytest.raises(MocaError, match=r"step 4: .*data\.jsonl:\d+, ") as caught:
         in_process(golden, tmp_path / "run", "--data", mixed, "--save-every", "1")
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "model").exists()

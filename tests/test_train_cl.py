@@ -22,9 +22,12 @@ from safetensors.torch import load_file, save_file
 import nano_moca
 import train_cl
 from launching import (
-    SMALL, assert_equal_run, assert_same_run, read_log, torchrun, wait_for, words, write_data,
+    FAULTS, SMALL, assert_equal_run, assert_same_run, read_log, read_weights, torchrun, wait_for,
+    words, write_data,
 )
-from nano_moca import MARK, MocaError, evaluate
+from nano_moca import MARK, MocaError, losses
+from nano_moca.evaluate.__main__ import main as evaluate
+from nano_moca.report import stage2
 
 SCRIPT = train_cl
 STEPS = 6
@@ -73,7 +76,7 @@ def in_process(golden: Path, output: Path, *flags: str | Path) -> list[dict]:
 def ablated(golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ) -> Callable[..., list[dict]]:
     """The log of a run with other flags, in this process."""
-    monkeypatch.setattr(train_cl, "REPORT_PAIRS", SMALL["train_cl"]["REPORT_PAIRS"])
+    monkeypatch.setattr(stage2, "REPORT_PAIRS", SMALL[stage2]["REPORT_PAIRS"])
     return lambda *flags: in_process(golden, tmp_path / "run", "--data", data, *flags)
 
 
@@ -124,7 +127,7 @@ def test_it_learns_what_it_sees(ablated: Callable) -> None:
 def test_untied_models_train(golden: Path, data: Path, tmp_path: Path,
                              monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of its own takes no part in stage 2: it stays as it was, and resuming works."""
-    monkeypatch.setattr(train_cl, "REPORT_PAIRS", 4)
+    monkeypatch.setattr(stage2, "REPORT_PAIRS", 4)
     flags = "--model", golden / "qwen2.5-vl-untied", "--data", data, "--save-every", "1"
     in_process(golden, tmp_path / "run", *flags, "--steps", "2")
     in_process(golden, tmp_path / "run", *flags, "--steps", "2", "--resume")
@@ -163,12 +166,28 @@ def test_activation_checkpointing_changes_nothing(plain: Path, run: Callable, tm
 def test_a_gather_without_gradient_is_another_run(
         plain: Path, ablated: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparisons above see what the positives' gradient is worth."""
-    gather = train_cl.info_nce.__globals__["gather"]
-    monkeypatch.setitem(train_cl.info_nce.__globals__, "gather",
-                        lambda mine, rows, total: gather(mine.detach(), rows, total))
-    cut, whole = ablated("--steps", "1"), read_log(plain)
-    assert cut[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
-    assert cut[0]["grad_norm"] != pytest.approx(whole[0]["grad_norm"], rel=1e-2)
+    gather = losses.gather
+    monkeypatch.setattr(losses, "gather",
+                        lambda local, index, total: gather(local.detach(), index, total))
+    cut, full = ablated("--steps", "1"), read_log(plain)
+    assert cut[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-5)
+    assert cut[0]["grad_norm"] != pytest.approx(full[0]["grad_norm"], rel=1e-1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(plain: Path, run: Callable, tmp_path: Path, fault: str) -> None:
+    """The comparison with one rank is not so wide that a real fault of two would pass."""
+    faulty = run(tmp_path / "run", ranks=2, fault=fault)
+    with pytest.raises(AssertionError):
+        assert_same_run(faulty, plain)
+
+
+def test_no_report(run: Callable, plain: Path, tmp_path: Path) -> None:
+    """--no-report: the same model, without scores and pictures."""
+    output = run(tmp_path / "run", "--no-report")
+    names = "checkpoint log.jsonl model".split()
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert all(map(torch.equal, read_weights(output).values(), read_weights(plain).values()))
 
 
 # --- killed and resumed -------------------------------------------------------------------------
@@ -267,7 +286,7 @@ def test_a_model_says_how_it_was_trained(ablated: Callable, plain: Path, golden:
         assert (moca.attention, moca.pooling) == expected
     items, output = tmp_path / "items.jsonl", tmp_path / "vectors.npy"
     items.write_text(json.dumps({"text": "noise number 1"}))
-    evaluate.main(["embed", "--model", str(causal), "--input", str(items), "--device", "cpu",
+    evaluate(["embed", "--model", str(causal), "--input", str(items), "--device", "cpu",
                    "--output", str(output)])
     as_trained = nano_moca.load(causal, "cpu", None, "causal", "last").embed(["noise number 1"])
     assert np.abs(np.load(output) - as_trained.numpy()).max() < 1e-6

@@ -1,4 +1,4 @@
-"""The helpers around the training loops: schedule, flags, log, checkpoints, prefetch, picture."""
+"""What stands around the training loops: schedule, flags, log, checkpoints, prefetch, picture."""
 
 import copy
 import itertools
@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,13 @@ from PIL import Image
 from torch import nn
 
 from nano_moca import Moca, MocaError
-from nano_moca.trainer import (
-    CommonFlags, Log, World, flag, load_checkpoint, parse_flags, plot_losses, prefetch,
-    save_checkpoint, save_model, start, update, warmup_then_linear,
-)
-from nano_moca.weights import find_folder, fresh_folder, replace_folder
+from nano_moca.batches import prefetch
+from nano_moca.checkpoint import load_checkpoint, save_checkpoint, save_model
+from nano_moca.distributed import World, init_distributed
+from nano_moca.files import find_folder, fresh_folder, replace_folder
+from nano_moca.flags import CommonFlags, flag, parse_flags
+from nano_moca.report.curves import plot_losses
+from nano_moca.trainer import Log, check_same_flags, update, warmup_then_linear
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
 
@@ -107,8 +109,19 @@ def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(MocaError, match="--device cpu"):
-        start("cuda", None)
-    assert start(None, None) == ALONE
+        init_distributed("cuda", None)
+    assert init_distributed(None, None) == ALONE
+
+
+def test_flags_of_an_older_checkpoint() -> None:
+    """A checkpoint that does not know --no-report resumes, with the flag and without; a flag
+    that changes the result is named when it differs."""
+    older = asdict(CommonFlags())
+    del older["no_report"]
+    check_same_flags(CommonFlags(no_report=True, steps=7, output="elsewhere"), older)
+    check_same_flags(CommonFlags(), older)
+    with pytest.raises(MocaError, match="--learning-rate was 0.002"):
+        check_same_flags(CommonFlags(learning_rate=1.0), older)
 
 
 # --- log ----------------------------------------------------------------------------------------
@@ -124,7 +137,7 @@ def logged(path: Path, done: int, steps: int) -> Log:
     log = Log(path, ALONE, steps, saved if done else None)
     for step in range(done + 1, steps + 1):
         log.write({"step": step, "loss": 1 / step})
-    log.file.close()
+    log.close()
     return log
 
 
@@ -169,7 +182,7 @@ def test_log_is_on_disk_at_once(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.jsonl", ALONE, 3, None)
     log.write({"step": 1, "loss": 0.5})
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.5}]
-    log.file.close()
+    log.close()
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -366,13 +379,13 @@ def test_prefetch() -> None:
     have."""
     made = []
 
-    def make() -> int:
-        if len(made) == 3:
-            raise MocaError("the fourth is broken")
-        made.append(len(made))
-        return made[-1]
+    def numbers() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise MocaError("the fourth is broken")
 
-    values = prefetch(make)
+    values = prefetch(numbers())
     assert not made
     assert next(values) == 0 and len(made) <= 2
     assert [next(values), next(values)] == [1, 2]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
-from nano_moca.config import load_config, parse_config
+from nano_moca.checkpoint import save_model
+from nano_moca.config import grow_vocabulary, load_config, parse_config
+from nano_moca.distributed import World
 from nano_moca.processor import Processor
-from nano_moca.trainer import World, save_model
 
 ONE = World(0, 1, torch.device("cpu"), torch.float32)
 NORM, NEWER_NORM = "model.norm.weight", "model.language_model.norm.weight"
@@ -263,6 +264,22 @@ def test_saving_over_an_older_model(moca: Moca, tmp_path: Path, monkeypatch) -> 
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
 
 
+def test_saved_with_what_it_was_trained_with(moca: Moca, tmp_path: Path) -> None:
+    """config.json says how a model was trained; a model saved from it says the same, unless told
+    otherwise; the model in memory is not changed."""
+    folder, again = tmp_path / "model", tmp_path / "again"
+    causal = {"attention": "causal", "pooling": "last"}
+    mean = {"attention": "causal", "pooling": "mean"}
+    save_model(folder, ONE, moca.model, moca.processor, causal)
+    trained = nano_moca.load(folder, "cpu")
+    assert (trained.attention, trained.pooling) == ("causal", "last")
+    for trained_with, expected in ((None, causal), (mean, mean)):
+        save_model(again, ONE, trained.model, trained.processor, trained_with)
+        assert load_config(again).raw["nano_moca"] == expected
+    assert "nano_moca" not in moca.model.config.raw
+    assert trained.model.config.raw["nano_moca"] == causal
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_bfloat16(checkpoint: Path, moca: Moca, tmp_path: Path, key: str) -> None:
     """A model is saved in the dtype of the checkpoint that it came from."""
@@ -303,8 +320,11 @@ def test_mask_token_row(golden: Path, tmp_path: Path, records: list[Record], nam
     config = load_config(folder)
     processor = Processor.load(folder, config)
     assert processor.mask_token == last and (last < config.vocabulary) == padded
-    grown = config if padded else replace(config, vocabulary=last + 1)
-    model = weights.build(folder, grown, "cpu", torch.float32, mask_row=last)
+    grown = grow_vocabulary(config, last)
+    assert grown == (config if padded else replace(config, vocabulary=last + 1))
+    model = weights.empty_model(grown)
+    model.to_empty(device="cpu")
+    weights.load_weights(model, folder, new_mask_token=last)
     ours = [model.language.embed_tokens.weight] + ([] if config.tied else [model.head])
     for key, table in zip(tables, ours, strict=True):
         theirs = stored[key]
@@ -315,7 +335,7 @@ def test_mask_token_row(golden: Path, tmp_path: Path, records: list[Record], nam
 
     save_model(tmp_path / "saved", ONE, model, processor)
     again = nano_moca.load(tmp_path / "saved", "cpu")
-    assert not again.processor.mask_is_new and again.processor.mask_token == last
+    assert again.processor.new_mask_token is None and again.processor.mask_token == last
     assert again.model.config.vocabulary == len(ours[0])
     assert equal_models(again, Moca(model, processor))
     expected = nano_moca.load(golden / name, "cpu").embed(records)  # the words' rows are the same

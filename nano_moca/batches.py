@@ -1,0 +1,378 @@
+"""What each step trains on: the records of stage 1, the pairs of stage 2.
+
+All ranks draw the same records in the same order, from seed and step alone; then
+each takes its share by cost. So the number of ranks changes only the speed. What a
+step draws depends on a small `state`, which a checkpoint keeps: a resumed run goes
+on with the very next record. Records that cannot be used stop the run, or are
+counted and listed.
+
+**Stage 1** (`TokenBatches`): a step takes records up to a budget of tokens.
+
+1. An epoch is a permutation of all records, by seed and epoch.
+2. A step takes the next records of it while they fit into the budget, and at least one
+   per micro-batch; it may reach into the next epoch.
+3. They are divided among ranks and micro-batches so that all have about the same work.
+
+**Stage 2** (`PairBatches`): a step takes a number of pairs, all of one task (MoCa,
+section 3.2). Were tasks mixed, a query could tell its positive from most others by
+the task alone. (The released code says task-aware too, but it draws by its trainer's
+default sampler, which shuffles across tasks: src/dataset.py:66-93,
+src/trainer.py:10-18.)
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano_moca.batch import EncodedRecord, Pair, Record
+from nano_moca.data import record_key
+from nano_moca.files import MocaError
+from nano_moca.processor import Processor
+
+
+def prefetch(steps: Iterator) -> Iterator:
+    """The same steps, each made one ahead in a thread, while the model
+    computes the last."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, steps)
+        while True:
+            step = ahead.result()
+            ahead = thread.submit(next, steps)
+            yield step
+
+
+def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Split items into parts of nearly equal cost: the costliest first, each
+    to the part that is cheapest so far. Returns the numbers of the items in
+    each part, in order."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        cheapest = totals.index(min(totals))
+        shares[cheapest].append(item)
+        totals[cheapest] += costs[item]
+    return [sorted(share) for share in shares]
+
+
+class Steps:
+    """What both stages do with records that cannot be used: stop, or count and list."""
+
+    skipped: Path | None  # the list; None: the first such record stops the run
+    state: dict[str, int]  # all that the coming draws depend on, beside seed and data
+
+    def __iter__(self) -> "Steps":
+        return self
+
+    def skip(self, error: MocaError) -> None:
+        """Count and list what cannot be used, or stop."""
+        if not self.skipped:
+            raise error
+        self.state["skipped"] += 1
+        line = {"count": self.state["skipped"], "reason": str(error)}
+        with open(self.skipped, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+# --- stage 1 --------------------------------------------------------------------------
+
+
+@dataclass
+class StepRecords:
+    """One step's records for this rank, by micro-batch."""
+
+    micro_batches: list[list[tuple[int, EncodedRecord]]]  # (number in the run, record)
+    tokens: int  # of the whole step, over all ranks
+    state: dict[str, int]  # from which the next step is drawn
+
+
+@dataclass
+class TokenBatches(Steps):
+    """Steps of at most `budget` tokens over all ranks: an endless iterator.
+
+    An epoch brings every record once; a record's number in the run is epoch *
+    records + its place in the epoch's permutation.
+    """
+
+    records: Sequence[Record]
+    processor: Processor
+    budget: int  # tokens per step over all ranks
+    max_tokens: int  # of a record; longer texts are shortened
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1  # micro-batches per step on each rank
+    skipped: Path | None = None
+    state: dict[str, int] | None = None  # where to go on; None: at the beginning
+
+    def __post_init__(self) -> None:
+        self.permutation = (-1, np.arange(0))  # (epoch, its order): made once per epoch
+        if self.state is None:
+            self.state = {"epoch": 0, "next": 0, "usable": 0, "skipped": 0,
+                          "records": len(self.records)}
+
+    def __next__(self) -> StepRecords:
+        # Take records until one would exceed the budget: it opens the next step.
+        part_count = self.world_size * self.accumulate
+        taken: list[tuple[int, EncodedRecord]] = []
+        tokens = 0
+        while True:
+            number, record = self.next_usable()
+            if len(taken) >= part_count and tokens + len(record.tokens) > self.budget:
+                break
+            taken.append((number, record))
+            tokens += len(record.tokens)
+            self.state["next"] += 1
+            self.state["usable"] += 1
+
+        # Divide them: of W * accumulate shares this rank takes every W-th.
+        shares = balance([len(record.tokens) for _, record in taken], part_count)
+        micro_batches = []
+        for share in shares[self.rank :: self.world_size]:
+            micro_batches.append([taken[item] for item in share])
+        return StepRecords(micro_batches, tokens, dict(self.state))
+
+    def next_usable(self) -> tuple[int, EncodedRecord]:
+        """The next record that can be used, and its number in the run;
+        it is not taken yet."""
+        # If records are skipped, all ranks have to skip the same ones: each looks
+        # into all images now, and not only into its own when they are packed.
+        decode = self.skipped is not None
+        while True:
+            if self.state["next"] == len(self.records):
+                if not self.state["usable"]:
+                    raise MocaError("no record of the data can be used: skipped.jsonl says why")
+                self.state["epoch"] += 1
+                self.state["next"] = 0
+                self.state["usable"] = 0
+            epoch = self.state["epoch"]
+            place = self.state["next"]
+            index = int(self.order(epoch)[place])
+            try:
+                record = self.processor.encode(self.records[index], self.max_tokens, decode)
+                return epoch * len(self.records) + place, record
+            except MocaError as error:
+                self.skip(error)
+                self.state["next"] += 1
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation of all records in an epoch."""
+        if self.permutation[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self.permutation = (epoch, generator.permutation(len(self.records)))
+        return self.permutation[1]
+
+
+# --- stage 2 --------------------------------------------------------------------------
+
+
+@dataclass
+class EncodedPair:
+    """A pair, with the hard negatives that this step takes of it, and all as tokens."""
+
+    pair: Pair
+    query: EncodedRecord
+    positive: EncodedRecord
+    negatives: list[EncodedRecord]
+
+    @property
+    def records(self) -> list[EncodedRecord]:
+        """All of them."""
+        return [self.query, self.positive, *self.negatives]
+
+    @property
+    def tokens(self) -> int:
+        """Of all its records."""
+        return sum(len(record.tokens) for record in self.records)
+
+
+@dataclass
+class PairBatch:
+    """One step of stage 2: B pairs over all ranks, n of them on this one,
+    with M hard negatives."""
+
+    task: str
+    records: list[EncodedRecord]  # this rank's: n queries, n positives, M negatives
+    local_index: Tensor  # [n] int64: which of the B pairs are this rank's
+    excluded: Tensor  # [n, B + M] bool: candidates that a query is not compared with
+    batch: int  # B
+    most_records: int  # on any rank
+    filler: EncodedRecord  # for a rank that has fewer chunks than the others
+    tokens: int  # of the whole step, over all ranks
+    state: dict[str, int]  # from which the next step is drawn
+
+    def chunks(self, size: int) -> list[list[EncodedRecord]]:
+        """The records in order, in parts of at most `size` (0: in one part). All
+        ranks have equally many parts; a part may be empty."""
+        count = math.ceil(self.most_records / size) if size else 1
+        chunks = []
+        for part in np.array_split(np.arange(len(self.records)), count):
+            chunks.append([self.records[item] for item in part])
+        return chunks
+
+
+@dataclass
+class PairBatches(Steps):
+    """Steps of `batch` pairs over all ranks, each of one task: an endless iterator.
+
+    1. A *pass* of a task of p pairs has p // batch batches. Each pair comes once per pass,
+       but for those of the last partial batch (others every time, as passes are shuffled).
+    2. An *epoch* has as many steps as all tasks have batches in a pass.
+    3. A task's share of them goes with its size^alpha (its size in batches). With alpha 1
+       an epoch is one pass of every task. With less, small tasks begin their next pass
+       early, and large ones finish theirs in a later epoch.
+    4. The steps of an epoch are shuffled, by seed and epoch.
+    """
+
+    tasks: dict[str, Sequence[Pair]]
+    processor: Processor
+    batch: int  # B, over all ranks
+    max_tokens: int  # of a record; longer texts are shortened
+    hard_negatives: int  # at most so many per query
+    seed: int
+    alpha: float = 1.0
+    rank: int = 0
+    world_size: int = 1
+    skipped: Path | None = None
+    unusable: Sequence[MocaError] = ()  # what load_tasks found, to be listed with the rest
+
+    def __post_init__(self) -> None:
+        for name, pairs in self.tasks.items():
+            if len(pairs) < self.batch:
+                raise MocaError(f"task {name} has {len(pairs)} pairs and a batch takes "
+                                f"{self.batch}: lower --batch, or add pairs")
+        pair_count = sum(len(pairs) for pairs in self.tasks.values())
+        self.state = {"step": 0, "usable": 0, "skipped": 0, "records": pair_count}
+
+        # How many batches each task has in a pass, and how many steps in an epoch.
+        per_pass = {name: len(pairs) // self.batch for name, pairs in self.tasks.items()}
+        self.batches_per_pass = per_pass
+        self.steps = sum(per_pass.values())  # of an epoch
+        weights = np.array([*per_pass.values()], float) ** self.alpha
+        shares = largest_remainder(self.steps * weights / weights.sum(), self.steps)
+        self.counts = dict(zip(self.tasks, shares, strict=True))
+
+    def plan(self, epoch: int) -> list[tuple[str, int]]:
+        """For each step of an epoch, the task, and which of its batches
+        since the run began."""
+        batches = []
+        for name, count in self.counts.items():
+            for number in range(epoch * count, (epoch + 1) * count):
+                batches.append((name, number))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(batches))
+        return [batches[step] for step in order]
+
+    def members(self, name: str, number: int) -> list[int]:
+        """Which pairs of a task are in its batch `number`."""
+        task_pass, place = divmod(number, self.batches_per_pass[name])
+        key = (self.seed, list(self.tasks).index(name), task_pass)
+        order = np.random.default_rng(key).permutation(len(self.tasks[name]))
+        return order[place * self.batch : (place + 1) * self.batch].tolist()
+
+    def __next__(self) -> PairBatch:
+        if not self.state["step"]:
+            for error in self.unusable:
+                self.skip(error)
+
+        # The pairs of all ranks. A step of which no pair can be used is left out.
+        pairs: list[EncodedPair] = []
+        while not pairs:
+            name, pairs = self.draw()
+            self.state["step"] += 1
+
+        # This rank's share: queries, then positives, then all hard negatives.
+        shares = balance([pair.tokens for pair in pairs], self.world_size)
+        local = [pairs[item] for item in shares[self.rank]]
+        queries = [pair.query for pair in local]
+        positives = [pair.positive for pair in local]
+        negatives = []
+        for pair in local:
+            negatives += pair.negatives
+
+        # Another rank may have more records, and then more chunks.
+        most_records = 0
+        for share in shares:
+            most_records = max(most_records, sum(len(pairs[i].records) for i in share))
+        return PairBatch(
+            task=name, records=queries + positives + negatives,
+            local_index=torch.tensor(shares[self.rank], dtype=torch.int64),
+            excluded=excluded_candidates([pair.pair for pair in pairs], shares[self.rank]),
+            batch=len(pairs), most_records=most_records, filler=pairs[0].query,
+            tokens=sum(pair.tokens for pair in pairs), state=dict(self.state))
+
+    def draw(self) -> tuple[str, list[EncodedPair]]:
+        """The task of the step `state` stands at, and its pairs that can be used."""
+        epoch, place = divmod(self.state["step"], self.steps)
+        if epoch and not place and not self.state["usable"]:
+            raise MocaError("no pair of the data can be used: skipped.jsonl says why")
+        name, number = self.plan(epoch)[place]
+        task_pass = number // self.batches_per_pass[name]
+
+        pairs = []
+        for index in self.members(name, number):
+            try:
+                pairs.append(self.encode(self.tasks[name][index], task_pass))
+            except MocaError as error:
+                self.skip(error)
+
+        # How many pairs of this epoch could be used so far.
+        self.state["usable"] = len(pairs) + (self.state["usable"] if place else 0)
+        return name, pairs
+
+    def encode(self, pair: Pair, task_pass: int) -> EncodedPair:
+        """A pair as tokens, with the hard negatives of this pass: they take turns. (The
+        released code always takes the first two: src/dataset.py:177-186.)"""
+        available = len(pair.negatives)
+        taken = min(self.hard_negatives, available)
+        turns = range(task_pass * taken, (task_pass + 1) * taken)
+        chosen = [pair.negatives[turn % available] for turn in turns]
+
+        # All ranks have to skip the same pairs: see TokenBatches.
+        decode = self.skipped is not None
+        records = (pair.query, pair.positive, *chosen)
+        encoded = [self.processor.encode(r, self.max_tokens, decode) for r in records]
+        query, positive, *negatives = encoded
+        return EncodedPair(replace(pair, negatives=chosen), query, positive, negatives)
+
+
+def largest_remainder(exact: np.ndarray, total: int) -> list[int]:
+    """Whole numbers near `exact` that add up to `total`: all are rounded down, then
+    those with the largest remainders get one more (the largest remainder method)."""
+    counts = exact.astype(int)
+    largest_first = np.argsort(counts - exact, kind="stable")
+    counts[largest_first[: total - counts.sum()]] += 1
+    return counts.tolist()
+
+
+def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
+    """[n, B + M] bool: which candidates the queries of the pairs `local_index` [n]
+    are not compared with.
+
+    The candidates are the B positives and the M hard negatives of these n pairs.
+    Excluded are those that equal the query's own positive (another query may have
+    the same answer), and the hard negatives of other queries.
+    """
+    positive_keys = [record_key(pair.positive) for pair in pairs]  # B
+    negative_keys = []  # M of (the pair it belongs to, key)
+    for own in local_index:
+        for negative in pairs[own].negatives:
+            negative_keys.append((own, record_key(negative)))
+
+    excluded = []
+    for own in local_index:
+        # Positives: the same answer as its own, given by another pair.
+        own_key = positive_keys[own]
+        for other, key in enumerate(positive_keys):
+            excluded.append(other != own and key == own_key)
+
+        # Hard negatives: those of other queries, and any that is the right answer.
+        for other, key in negative_keys:
+            excluded.append(other != own or key == own_key)
+    candidates = len(positive_keys) + len(negative_keys)
+    return torch.tensor(excluded, dtype=torch.bool).view(len(local_index), candidates)

@@ -1,0 +1,97 @@
+"""Vectors of many records, kept on the disk so that an interrupted evaluation resumes.
+
+They are kept by parts of 64 records in <output>.vectors, each part under a hash of its
+content and of what computes it: the model's files, the settings and this package's
+code. So another model, another picture at the same path or a changed line of code never
+meets old vectors.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nano_moca.batch import Record
+from nano_moca.data import record_key
+from nano_moca.embedder import Moca, load
+from nano_moca.report.ranking import Embed
+from nano_moca.weights import find_checkpoint
+
+AT_ONCE = 64  # records of a part; `Moca.embed` packs them up to its token budget
+
+
+def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
+                  identity: str = "") -> np.ndarray:
+    """Unit vectors [N, D] float32, in the order of the records.
+
+    All records are checked before the first is embedded. kept: a folder for the vectors
+    of each part, to be found again by identity (of the model) and content.
+    """
+    # The longest first: too little memory shows at once, and records of one length
+    # share an attention call.
+    lengths = [len(moca.processor.encode(record).tokens) for record in records]
+    order = sorted(range(len(records)), key=lambda index: -lengths[index])
+
+    vectors = np.empty((len(records), moca.model.config.width), np.float32)
+    starts = range(0, len(order), AT_ONCE)
+    for start in tqdm(starts, unit_scale=AT_ONCE, unit="item", disable=None):
+        index = order[start : start + AT_ONCE]
+        part = [records[i] for i in index]
+
+        # Kept from an earlier call, if it was stopped or asked the same.
+        file = kept / f"{content_hash(part, identity)}.npy" if kept else None
+        if file and file.is_file():
+            vectors[index] = np.load(file)
+            continue
+        vectors[index] = moca.embed(part).numpy()
+        if file:
+            save_vectors(file, vectors[index])
+    return vectors
+
+
+def content_hash(records: list[Record], identity: str) -> str:
+    """A name for what a model makes of these records: another for another model or
+    content."""
+    # A record's key has the path of an image file, but its bytes may change.
+    files, keys = [], []
+    for record in records:
+        keys.append(record_key(record))
+        for image in record.images:
+            if isinstance(image, Path):
+                files.append(hashlib.sha256(image.read_bytes()).digest())
+    content = repr((identity, files, keys)).encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def save_vectors(path: Path, vectors: np.ndarray) -> None:
+    """vectors [N, D]. The file gets its name once it is complete."""
+    # A rename happens or does not: no file is half written under its name.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    with open(fresh, "wb") as file:
+        np.save(file, vectors)
+    fresh.replace(path)
+
+
+def make_embedder(args: argparse.Namespace) -> Embed:
+    """The model that the flags ask for, with its vectors kept beside the output."""
+    folder = find_checkpoint(args.model)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    moca = load(folder, args.device, dtype, args.attention, args.pooling,
+                args.min_pixels, args.max_pixels)
+
+    # What the vectors depend on, beside the records; this code is part of it.
+    files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    files += Path(__file__).parents[1].rglob("*.py")
+    stamps = []
+    for file in files:
+        status = file.stat()
+        stamps.append((file.name, status.st_size, status.st_mtime_ns))
+    pixels = (moca.processor.min_pixels, moca.processor.max_pixels)
+    settings = (moca.attention, moca.pooling, moca.model.head.dtype, pixels)
+    identity = repr((str(folder.resolve()), sorted(stamps), settings))
+    kept = Path(args.output + ".vectors") if args.command != "embed" else None
+    return lambda records: embed_records(moca, records, kept, identity)

@@ -1,0 +1,220 @@
+"""What a run of stage 1 shows at its end: what the modalities learned from each other.
+
+Tokens could be restored from other tokens alone, and patches from their neighbours.
+So the report asks: how many masked tokens are restored with the right picture, a wrong
+one, and none; and how well are masked patches restored with all words visible, and
+with no words. All on records drawn after those of the last step, which are unseen
+within the first epoch. `reconstruction.png` shows some of them masked, restored and as
+they were.
+
+Whatever runs the model is called on all ranks, as a sharded model needs.
+"""
+
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano_moca.batch import Batch, EncodedRecord
+from nano_moca.batches import TokenBatches
+from nano_moca.distributed import World
+from nano_moca.files import MocaError, write_json
+from nano_moca.masking import MaskedBatch, mask_batch
+from nano_moca.model import ReconstructionModel
+from nano_moca.processor import Processor
+from nano_moca.report.curves import plot_losses
+
+REPORT_TOKENS = 8192  # of unseen records
+Items = list[tuple[int, EncodedRecord]]  # (number in the run, record)
+
+
+def write_report(flags: Any, world: World, model: ReconstructionModel, processor: Processor,
+                 unseen: TokenBatches, lines: list[dict], causal: bool) -> None:
+    """Draw the pictures and say what was learned: loss.png, reconstruction.png and
+    scores.json in --output.
+
+    flags: train_cpt.py's. unseen: gives every rank the same REPORT_TOKENS tokens of the
+    records that would have come next. lines: the log. causal: how the decoder attends.
+    """
+    output = Path(flags.output)
+    scores = mean_losses(lines)
+    try:
+        items = [item for item in next(unseen).micro_batches[0] if item[1].grids]
+        if items and flags.objective == "restore":
+            masking = flags.text_mask, flags.image_mask, flags.seed
+            scores |= cross_modal_report(model, processor, items, *masking, world, causal)
+
+            # A column of the picture has room for one image.
+            shown = [item for item in items if len(item[1].grids) == 1][:8]
+            if shown:
+                path = output / "reconstruction.png"
+                plot_restorations(path, model, processor, shown, *masking, world, causal)
+    except MocaError as error:
+        # The model is saved already: a bad record only costs the report.
+        print(f"no report on unseen records: {error}", flush=True)
+
+    # The figures, which need no model.
+    if world.main:
+        plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
+        write_json(output / "scores.json", scores)
+        for name, value in scores.items():
+            figure = "not measured" if value is None else f"{value:.3f}"
+            print(f"{name:>42s}  {figure}")
+        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+
+
+def mean_losses(lines: list[dict]) -> dict[str, float]:
+    """Both losses in the first and in the last tenth of the run."""
+    tenth = max(1, len(lines) // 10)
+    means = {}
+    for name in ("mlm_loss", "mae_loss"):
+        values = [line[name] for line in lines]
+        means[f"{name}, first tenth"] = sum(values[:tenth]) / tenth
+        means[f"{name}, last tenth"] = sum(values[-tenth:]) / tenth
+    return means
+
+
+@torch.no_grad()
+def restore(model: ReconstructionModel, masked: MaskedBatch, device: torch.device, causal: bool
+            ) -> tuple[Tensor, Tensor]:
+    """The model's answers, on the CPU: the likeliest tokens [R] and the pixels
+    [G, 4704] float32 of what was masked."""
+    # Through the root's forward: only there does FSDP gather its weights.
+    return model(masked.to(device), causal, predict=True)
+
+
+def cross_modal_report(
+        model: ReconstructionModel, processor: Processor, items: Items, text_mask: float,
+        image_mask: float, seed: int, world: World, causal: bool) -> dict[str, float | None]:
+    """Shares of masked tokens restored, squared errors of masked patch groups, by
+    condition. A figure is None where nothing was masked.
+
+    items: records that hold an image and words. text_mask, image_mask, seed: as in
+    training; a record's number in the run then says what of it is masked.
+    """
+    # Every record in three forms, masked by the same random numbers in each.
+    special = processor.special_tokens.numpy()
+    keys, records, wordless, pictureless = [], [], [], []
+    for number, record in items:
+        keys.append((seed, number))
+        records.append(record)
+        wordless.append(only(record, special, words=False))
+        pictureless.append(only(record, special, words=True))
+
+    def words_restored(batch: Batch) -> float | None:
+        masked = mask_batch(batch, processor, text_mask, 0.0, keys)
+        tokens, _ = restore(model, masked, world.device, causal)
+        return mean(tokens == masked.labels)
+
+    def patch_error(batch: Batch, text_rate: float) -> float | None:
+        masked = mask_batch(batch, processor, text_rate, image_mask, keys)
+        _, pixels = restore(model, masked, world.device, causal)
+        return mean((pixels - masked.target).square())
+
+    # Words, by the picture beside them.
+    batch = processor.pack(records)
+    report: dict[str, float | None] = {}
+    report["words restored, right picture"] = words_restored(batch)
+    report["words restored, wrong picture"] = None
+    wrong = other_pictures(batch)
+    if wrong is not None:
+        swapped = replace(batch, patches=wrong)
+        report["words restored, wrong picture"] = words_restored(swapped)
+    report["words restored, no picture"] = words_restored(processor.pack(pictureless))
+
+    # Patches, by the words beside them.
+    report["patch error, words visible"] = patch_error(batch, 0.0)
+    report["patch error, words masked as in training"] = patch_error(batch, text_mask)
+    report["patch error, no words"] = patch_error(processor.pack(wordless), 0.0)
+
+    # The mean of the very groups it is judged on: no other constant does better.
+    target = mask_batch(batch, processor, 0.0, image_mask, keys).target  # [G, 4704]
+    report["patch error, best constant"] = mean((target - target.mean(0)).square())
+    return report
+
+
+def mean(values: Tensor) -> float | None:
+    """The mean of all values; None if there are none."""
+    return float(values.float().mean()) if len(values) else None
+
+
+def only(record: EncodedRecord, special: np.ndarray, words: bool) -> EncodedRecord:
+    """A record's words without its images, or its images without its words. Positions
+    stay."""
+    # Image tokens are special ones too, and stay with their images.
+    keep = np.isin(record.tokens, special) != words  # [L]
+    kept = replace(record, tokens=record.tokens[keep], positions=record.positions[:, keep])
+    return replace(kept, images=[], grids=[]) if words else kept
+
+
+def other_pictures(batch: Batch) -> Tensor | None:
+    """The patches [P, 1176] with each image in the place of another of its size.
+
+    None if over a tenth of the images keep their place or get an identical one: the
+    "wrong picture" score would then partly measure the right picture.
+    """
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for number, grid in enumerate(batch.grids.tolist()):
+        by_size.setdefault(tuple(grid), []).append(number)
+
+    # Images of one size move on by one, the last to the first one's place.
+    images = batch.patches.split(batch.grids.prod(1).tolist())
+    swapped = list(images)
+    for same in by_size.values():
+        for number, other in zip(same, same[1:] + same[:1], strict=True):
+            swapped[number] = images[other]
+    kept = sum(map(torch.equal, images, swapped))
+    return torch.cat(swapped) if 10 * kept <= len(images) else None
+
+
+def plot_restorations(
+        path: Path, model: ReconstructionModel, processor: Processor, items: Items,
+        text_mask: float, image_mask: float, seed: int, world: World, causal: bool) -> None:
+    """One column per record: masked, restored, original; below each picture, the words.
+
+    items: records with one image each. A masked group is grey (the model gets noise
+    there), a masked token is _; in the second row, [words] and masked groups are the
+    model's.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((2.1 * len(items), 8), layout="tight")
+    axes = figure.subplots(3, len(items), squeeze=False)
+    decode = processor.tokenizer.decode
+    for column, (number, record) in enumerate(items):
+        batch = processor.pack([record])
+        masked = mask_batch(batch, processor, text_mask, image_mask, [(seed, number)])
+        tokens, pixels = restore(model, masked, world.device, causal)
+
+        # Pixels by groups; 0 is the mean colour, a grey.
+        is_masked = torch.isin(batch.image_index, masked.group_index).numpy()  # [J]
+        original = batch.patches.numpy().reshape(len(is_masked), -1)  # [J, 4704]
+        grey = original.copy()
+        grey[is_masked] = 0.0
+        restored = original.copy()
+        restored[is_masked] = pixels.numpy()
+
+        # Words by tokens; a special token is "".
+        words = [decode([token]) for token in record.tokens.tolist()]
+        blanks = list(words)
+        answers = list(words)
+        for index, token in zip(masked.text_index.tolist(), tokens.tolist(), strict=True):
+            blanks[index] = " _"
+            answers[index] = f" [{decode([token]).strip()}]"
+
+        # parse_math: a $ in a text is a dollar.
+        shown = (grey, blanks), (restored, answers), (original, words)
+        for axis, (groups, parts) in zip(axes[:, column], shown, strict=True):
+            patches = groups.reshape(batch.patches.shape)  # [P, 1176]
+            axis.imshow(processor.unpatchify(patches, record.grids[0]))
+            text = "\n".join(textwrap.wrap("".join(parts), 28)[:4])
+            axis.set_xlabel(text, fontsize=7, parse_math=False)
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
+        axis.set_ylabel(name)
+    if world.main:
+        figure.savefig(path, dpi=110)

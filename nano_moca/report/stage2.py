@@ -1,0 +1,121 @@
+"""What a run of stage 2 shows at its end: which answers its queries find.
+
+Held-out pairs of each task are ranked. `retrieval.png` shows a query of each task with
+its five best answers, `similarity.png` how queries and answers compare.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nano_moca.batch import Record
+from nano_moca.data import load_tasks
+from nano_moca.distributed import World
+from nano_moca.embedder import Moca
+from nano_moca.files import MocaError, write_json
+from nano_moca.processor import open_image
+from nano_moca.report.curves import plot_losses
+from nano_moca.report.ranking import Ranking, rank_pairs
+from nano_moca.trainer import skip_list
+
+REPORT_PAIRS = 200  # of each task
+
+
+def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> None:
+    """Rank held-out pairs, draw the pictures and say what was learned: loss.png,
+    retrieval.png, similarity.png and scores.json in --output.
+
+    flags: train_cl.py's. lines: the log.
+    """
+    output = Path(flags.output)
+
+    # The built-in data has unseen pairs of its own; other data is ranked as it is.
+    held_out = flags.held_out or flags.data
+    if flags.data == "builtin" and not flags.held_out:
+        held_out = "builtin:development"
+    unusable = [] if skip_list(flags, world) else None
+    scores, rankings = {}, {}
+
+    # On all ranks, as a sharded model needs.
+    try:
+        for name, task in load_tasks(held_out, 0, unusable).items():
+            pairs = [task[index] for index in range(min(REPORT_PAIRS, len(task)))]
+            rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
+            scores[name] = rankings[name].scores()
+        if world.main:
+            plot_retrieval(output / "retrieval.png", rankings)
+            plot_similarity(output / "similarity.png", rankings)
+    except MocaError as error:
+        # The model is saved already: a bad pair only costs the report.
+        if world.main:
+            print(f"no report on {held_out}: {error}", flush=True)
+
+    # The figures, which need no model.
+    if world.main:
+        plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
+        write_json(output / "scores.json", {"pairs": held_out, "tasks": scores})
+        note = ", learned from" if held_out == flags.data else ""
+        print(f"ranked: pairs of {held_out}{note}")
+        for name, figures in scores.items():
+            shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+            print(f"{name:>24s}  {shown}")
+        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+
+
+def plot_retrieval(path: Path, rankings: dict[str, Ranking]) -> None:
+    """One row per task: a query, and its five best answers from left to right; the
+    right one is framed, if it is among them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((12.5, 2.2 * len(rankings)), layout="tight")
+    axes = figure.subplots(len(rankings), 6, squeeze=False)
+    for row, (name, ranking) in zip(axes, rankings.items(), strict=True):
+        # The one in the middle: nobody chose it.
+        query = len(ranking.queries) // 2
+        show_record(row[0], ranking.queries[query], f"{name}: query")
+        similarities = ranking.similarities[query]  # [C]
+        best = np.argsort(-similarities, kind="stable")[:5].tolist()
+        for axis, answer in zip(row[1:], best, strict=False):
+            show_record(axis, ranking.candidates[answer], f"cosine {similarities[answer]:.2f}")
+            if answer == ranking.right[query]:
+                axis.spines[:].set(edgecolor="#1a9c3e", linewidth=4)
+
+        # There may be fewer than five.
+        for axis in row[1 + len(best) :]:
+            axis.axis("off")
+    figure.savefig(path, dpi=100)
+
+
+def show_record(axis: Any, record: Record, title: str) -> None:
+    """A record's first image, its words in a box, or both."""
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    if record.images:
+        axis.imshow(open_image(record.images[0], record.source, decode=True))
+
+    # Without special tokens, and no more than fits.
+    words = re.sub(r"<\|\w+\|>", "", record.text)
+    text = "\n".join(textwrap.wrap(words, 26)[:7])
+    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, parse_math=False,
+              transform=axis.transAxes)
+
+
+def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
+    """One panel per task: cosines of its first queries (down) with their right answers
+    (across)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((2.6 * len(rankings) + 0.6, 3), layout="constrained")
+    axes = figure.subplots(1, len(rankings), squeeze=False)
+    for axis, (name, ranking) in zip(axes[0], rankings.items(), strict=True):
+        # The diagonal is what each query should find.
+        similarities = ranking.similarities[:size][:, ranking.right[:size]]
+        drawn = axis.imshow(similarities, vmin=-0.2, vmax=1)
+        axis.set(title=name, xlabel="answers", xticks=[], yticks=[])
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("queries")
+    figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
+    figure.savefig(path, dpi=120)
