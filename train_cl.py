@@ -36,7 +36,7 @@ from nano_moca.losses import info_nce
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
-    print_plan, resume, save_progress, skip_list, update)
+                               print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import empty_model, load_weights
 import torch
 from torch import Tensor
@@ -110,8 +110,8 @@ def train(flags: Flags) -> None:
     unusable: list[MocaError] = []  # lines that name no task, to be listed; else they stop us
     tasks = load_pairs(flags, unusable if skipped else None)
     batches = PairBatches(tasks, processor, flags.batch, flags.max_tokens,
-        flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
-        world_size=world.size, skipped=skipped, unusable=unusable)
+                          flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
+                          world_size=world.size, skipped=skipped, unusable=unusable)
 
     # Begin, or go on where the checkpoint in --output was written.
     optimizer = make_optimizer(model, flags.learning_rate)

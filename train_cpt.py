@@ -29,7 +29,7 @@ from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
 from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
-    print_plan, resume, save_progress, skip_list, update)
+                               print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import empty_model, load_weights
 
 

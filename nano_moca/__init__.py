@@ -22,7 +22,7 @@ Reading order. First the two stages and what is special to MoCa:
 then what they stand on:
 
     attention.py     softmax(q k / sqrt(d)) v over packed records, causal or not
-    kernels.py       the cross entropy of masked tokens on a GPU
+    kernels.py       a chunk's cross entropies and their gradient, in PyTorch and Triton
     processor.py     text and images to tokens and patches
     batch.py         the shapes of data: Record, Pair, Batch
     batches.py       which records a step takes, and on which rank
@@ -85,9 +85,9 @@ Words, one meaning each:
     pair           a query, its positive and its hard negatives: three kinds of records
     group          2 x 2 neighbouring patches of an image
     image token    the token that stands for one group
-    masked         replaced in the input, and to be predicted: by the mask token (text)
-                   or by noise (a group)
-    hidden state   what the decoder makes of a token, [D]; never a masked thing
+    masked         replaced in the input, by the mask token (text) or by noise (a group),
+                   and to be predicted
+    hidden state   what the decoder makes of a token, [D]
     rank           one of the W processes of a run
     step           one update of the weights
     micro-batch    what a rank runs forward and backward at once; --accumulate of them

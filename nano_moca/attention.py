@@ -38,8 +38,8 @@ class Segments:
     lengths: tuple[int, ...]  # N, on the host: looping over them costs no GPU synchronisation
     device: torch.device
     offsets: Tensor = field(init=False)  # [N+1] int32, on the device
-    groups: list[tuple[int, Tensor]] = field(init=False)  # (length, [s * length] index)
-    inverse: Tensor = field(init=False)  # [T] from the order of the groups back to the axis
+    same_length: list[tuple[int, Tensor]] = field(init=False)  # (length, [s * length] index)
+    inverse: Tensor = field(init=False)  # [T] from their order back to the axis
 
     def __post_init__(self) -> None:
         lengths = torch.tensor(self.lengths, dtype=torch.int64)  # [N]
@@ -47,15 +47,15 @@ class Segments:
         self.offsets = offsets.to(self.device, torch.int32)
 
         # Sequences of equal length form an ordinary batch; empty ones have no tokens.
-        self.groups = []
-        order = [torch.arange(0)]
+        self.same_length = []
+        order = [torch.arange(0)]  # `cat` needs one, even if there is no sequence
         for length in sorted(set(self.lengths) - {0}):
             starts = offsets[:-1][lengths == length]  # [s]
             index = (starts[:, None] + torch.arange(length)).flatten()  # [s * length]
-            self.groups.append((length, index.to(self.device)))
+            self.same_length.append((length, index.to(self.device)))
             order.append(index)
 
-        self.inverse = torch.argsort(torch.cat(order))
+        self.inverse = torch.argsort(torch.cat(order)).to(self.device)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
@@ -112,9 +112,8 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segme
     T, H, d = query.shape
     K = key.shape[1]
     outputs = []
-    for length, index in segments.groups:
-        # With a single length the tokens are in order already: views, no copies.
-        in_order = len(segments.groups) == 1
+    in_order = len(segments.same_length) == 1  # then views suffice, and no copies are made
+    for length, index in segments.same_length:
         q = query if in_order else query[index]  # [s * length, H, d]
         k = key if in_order else key[index]  # [s * length, K, d]
         v = value if in_order else value[index]  # [s * length, K, d]

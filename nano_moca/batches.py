@@ -1,9 +1,9 @@
 """What each step trains on: the records of stage 1, the pairs of stage 2.
 
-All ranks draw the same records in the same order, from seed and step alone; then
-each takes its share by cost. So the number of ranks changes only the speed. What a
-step draws depends on a small `state`, which a checkpoint keeps: a resumed run goes
-on with the very next record. Records that cannot be used stop the run, or are
+All ranks draw the same records in the same order; then each takes its share by cost. So
+the number of ranks changes only the speed, as long as there is a record for each. What a
+step draws follows from the seed and a small `state`, which a checkpoint keeps: a resumed
+run goes on with the very next record. Records that cannot be used stop the run, or are
 counted and listed.
 
 **Stage 1** (`TokenBatches`): a step takes records up to a budget of tokens.
@@ -94,7 +94,8 @@ class StepRecords:
 
 @dataclass
 class TokenBatches(Steps):
-    """Steps of at most `budget` tokens over all ranks: an endless iterator.
+    """Steps of at most `budget` tokens over all ranks (more only if there would be no
+    record for each micro-batch): an endless iterator.
 
     An epoch brings every record once; a record's number in the run is epoch *
     records + its place in the epoch's permutation.
@@ -183,7 +184,7 @@ class EncodedPair:
 
     @property
     def records(self) -> list[EncodedRecord]:
-        """All of them."""
+        """The query, the positive, and the negatives."""
         return [self.query, self.positive, *self.negatives]
 
     @property
@@ -307,7 +308,7 @@ class PairBatches(Steps):
             tokens=sum(pair.tokens for pair in pairs), state=dict(self.state))
 
     def draw(self) -> tuple[str, list[EncodedPair]]:
-        """The task of the step `state` stands at, and its pairs that can be used."""
+        """The next step's task, and those of its pairs that can be used."""
         epoch, place = divmod(self.state["step"], self.steps)
         if epoch and not place and not self.state["usable"]:
             raise MocaError("no pair of the data can be used: skipped.jsonl says why")
@@ -355,8 +356,9 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
     are not compared with.
 
     The candidates are the B positives and the M hard negatives of these n pairs.
-    Excluded are those that equal the query's own positive (another query may have
-    the same answer), and the hard negatives of other queries.
+    Excluded are other candidates that equal the query's own positive (another query may
+    have the same answer), and the hard negatives of other queries. Two pairs with equal
+    queries and different answers are not recognised: each answer is the other's negative.
     """
     positive_keys = [record_key(pair.positive) for pair in pairs]  # B
     negative_keys = []  # M of (the pair it belongs to, key)

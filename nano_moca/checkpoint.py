@@ -27,7 +27,7 @@ from nano_moca.weights import save_weights, stored_dtype
 
 
 def save_checkpoint(folder: Path, world: World, model: nn.Module,
-        optimizer: torch.optim.Optimizer, state: dict) -> None:
+                    optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write what `load_checkpoint` restores, each rank its own part.
 
     state: numbers and texts in lists and dictionaries; every rank gives the same.
@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
 
 @torch.no_grad()
 def load_checkpoint(folder: Path, world: World, model: nn.Module,
-        optimizer: torch.optim.Optimizer) -> dict | None:
+                    optimizer: torch.optim.Optimizer) -> dict | None:
     """Restore model and optimiser to the bit, and return the `state` that was saved.
 
     None if there is no checkpoint. MocaError, and nothing is changed, if it is damaged,
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
 
 
 def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
-        trained_with: dict | None = None) -> None:
+               trained_with: dict | None = None) -> None:
     """Write what transformers and `nano_moca.load` read, in the dtype of the original
     checkpoint.
 

@@ -12,8 +12,8 @@ from one file or a folder of files. Stage 2 reads pairs, from the same kinds of 
 
 In place of a path, "builtin" (with ":" and a split) names the built-in data.
 
-A row is checked when it is asked for, so a run starts at once, whatever the size of
-its data. Nothing is guessed, and nothing in the data is executed. A row that cannot
+A row is checked when it is asked for: stage 1 starts at once, stage 2 after it has read
+each row's task. Nothing is guessed, and nothing in the data is executed. A row that cannot
 be used is a MocaError that names its file and line. Images stay inside the folder of
 their file.
 
@@ -220,14 +220,14 @@ def read_task(fields: object, source: str) -> tuple[str, str]:
     return task, kind
 
 
-def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None) -> dict[str,
-        Sequence[Pair]]:
+def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None
+               ) -> dict[str, Sequence[Pair]]:
     """Stage 2's data as {task: its pairs}, from a file or folder, or built in.
 
     unusable: a list that collects the errors of rows without task or kind; if it is
     None, the first such row raises. seed: of the built-in data.
     """
-    # As in `load_records`.
+    # What belongs to the built-in data is imported only for it.
     name, _, split = path.partition(":")
     if name == BUILTIN:
         from nano_moca.builtin.tasks import builtin_tasks

@@ -99,9 +99,9 @@ def as_records(items: Sequence[str | dict | Record]) -> list[Record]:
 
 
 def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None, attention: str | None = None,
-        pooling: str | None = None, min_pixels: int | None = None,
-        max_pixels: int | None = None) -> Moca:
+         dtype: torch.dtype | None = None, attention: str | None = None,
+         pooling: str | None = None, min_pixels: int | None = None,
+         max_pixels: int | None = None) -> Moca:
     """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
 
     device: default CUDA if there is one. dtype: default float32 on CPU, the
@@ -124,12 +124,13 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     pooling = pooling or trained_with.get("pooling") or usual
     if attention not in ("bidirectional", "causal") or pooling not in POOLINGS:
         raise MocaError(f"{folder}: attention is {attention!r} and pooling {pooling!r}: "
-            "use bidirectional or causal, mean or last")
+                        "use bidirectional or causal, mean or last")
 
-    # The memory is given once, in the dtype and on the device where it stays.
     processor = Processor.load(folder, config, min_pixels, max_pixels)
     if dtype is None:
         dtype = stored_dtype(config) if device.type == "cuda" else torch.float32
+
+    # The memory is given once, in the dtype and on the device where it stays.
     model = empty_model(config, dtype)
     model.to_empty(device=device)
     load_weights(model, folder)

@@ -24,7 +24,7 @@ from nano_moca.files import MocaError
 
 
 def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf,
-        choices: tuple[str, ...] | None = None) -> Any:
+         choices: tuple[str, ...] | None = None) -> Any:
     """A field of a flags dataclass: default, help text, and the values that make sense."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,7 +71,7 @@ class CommonFlags:
 def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
     """A flags dataclass from the command line (argv None) or from a list of words."""
     parser = Parser(description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {}
 
     for field in dataclasses.fields(kind):

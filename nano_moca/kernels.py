@@ -42,13 +42,13 @@ jit = triton.jit if triton else lambda function: function
 
 
 def cross_entropy_torch_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
-    """The cross entropy of each row, [r]. The logits [r, V] then hold their
+    """The cross entropy of each row, [r]. The logits [r, V] are written over: with their
     gradient, (softmax - onehot) * scale, if `gradient` asks for it."""
     work = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [r, V]
 
     # Subtract the largest logit of a row, so that no exponential overflows.
     work.sub_(work.amax(1, keepdim=True))
-    right = work.gather(1, labels[:, None])  # [r, 1] the label's logit
+    right = work.gather(1, labels[:, None])  # [r, 1] the label's logit, less the largest
     total = work.exp_().sum(1, keepdim=True)  # [r, 1]
 
     if gradient:
@@ -111,7 +111,7 @@ def cross_entropy_triton_(logits: Tensor, labels: Tensor, scale: float, gradient
     r, V = logits.shape
     losses = logits.new_empty(r, dtype=torch.float32)
     cross_entropy_kernel[(r,)](logits, labels.contiguous(), losses, scale, V=V,
-        GRADIENT=gradient, BLOCK=VOCABULARY_BLOCK, num_warps=8)
+                               GRADIENT=gradient, BLOCK=VOCABULARY_BLOCK, num_warps=8)
     return losses
 
 

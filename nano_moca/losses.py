@@ -110,7 +110,7 @@ def plain_masked_reconstruction_loss(hidden: Tensor, head: Tensor, labels: Tenso
 
 
 def check_inputs(hidden: Tensor, head: Tensor, labels: Tensor, predicted: Tensor,
-        target: Tensor) -> None:
+                 target: Tensor) -> None:
     """ValueError for shapes and dtypes that would give a wrong loss, or a strange error."""
     tokens_fit = head.shape[1:] == hidden.shape[1:] and labels.shape == hidden.shape[:1]
     pixels_fit = predicted.ndim == 2 and target.shape == predicted.shape
@@ -141,7 +141,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, backend: str,
-            scale: float, grad_enabled: bool) -> Tensor:
+                scale: float, grad_enabled: bool) -> Tensor:
         R, D = hidden.shape
         V = len(head)
         cross_entropy_ = kernels.BACKENDS[backend]
@@ -243,7 +243,7 @@ def gather(local: Tensor, local_index: Tensor, total: int) -> Tensor:
 
 
 def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, local_index: Tensor,
-        excluded: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+             excluded: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """This rank's share of the contrastive loss (MoCa, section 3.2; released code:
     src/model.py:265-278), and how many of its queries were right.
 

@@ -185,7 +185,7 @@ class Merger(nn.Module):
         self.group_width = config.merge**2 * config.width
         self.ln_q = vision_norm(config)
         self.mlp = nn.Sequential(nn.Linear(self.group_width, self.group_width), nn.GELU(),
-            nn.Linear(self.group_width, config.out_width))
+                                 nn.Linear(self.group_width, config.out_width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [P, E], the patches of a group next to each other -> image tokens [J, D]."""
@@ -551,7 +551,7 @@ class ReconstructionModel(nn.Module):
             self.patch_decoder = PatchDecoder(vlm.config)
 
     def forward(self, masked: MaskedBatch, causal: bool, mlm_count: float | None = None,
-            mae_count: float | None = None, predict: bool = False) -> tuple[Tensor, Tensor]:
+                mae_count: float | None = None, predict: bool = False) -> tuple[Tensor, Tensor]:
         """Run the masked batch, and compare what is restored with what was masked.
 
         Returns both losses (MLM, MAE), float32 scalars: sums divided by the counts,

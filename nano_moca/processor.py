@@ -162,7 +162,7 @@ class Processor:
 
     @classmethod
     def load(cls, folder: Path, config: Config, min_pixels: int | None = None,
-            max_pixels: int | None = None) -> "Processor":
+             max_pixels: int | None = None) -> "Processor":
         """Read tokenizer.json and preprocessor_config.json. The limits of an image's
         area are the file's unless given. MocaError for files that do not serve."""
         path = Path(folder) / "tokenizer.json"
@@ -180,7 +180,7 @@ class Processor:
         image = read_json(path.with_name("preprocessor_config.json"))
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         limits = {name: limit for name, limit in given.items() if limit is not None}
-        if min(limits.values(), default=1) < 1:
+        if any(limit < 1 for limit in limits.values()):
             raise MocaError(f"pixel limits must be at least 1: {limits}")
         return cls(tokenizer, config, image | limits, str(path))
 
@@ -244,13 +244,13 @@ class Processor:
     # --- records: from text to tokens and positions -------------------------------
 
     def encode(self, record: Record, max_tokens: int | None = None,
-            decode: bool = False) -> EncodedRecord:
+               decode: bool = False) -> EncodedRecord:
         """A record as tokens and positions.
 
         max_tokens: the text after the last image is shortened to it; images are never
-        cut, and if they alone are longer, that is an error. decode: look now whether
-        the images can be decoded. A record that cannot be used is a MocaError that
-        names it.
+        cut, and if all up to the last one is longer, that is an error. decode: look now
+        whether the images can be decoded. A record that cannot be used is a MocaError
+        that names it.
         """
         source = record.source
         images = [open_image(image, source, decode) for image in record.images]

@@ -4,6 +4,7 @@ Plain functions, each of which does one thing; the two loops stand in the script
 train_cpt.py and train_cl.py, which call them in this order:
 
     open_checkpoint    find the model to start from; its config and processor
+    skip_list          where unusable records are listed
     make_optimizer     AdamW over all parameters
     resume             after a break: weights, optimiser and data as they were
     print_plan         one line that says what will be done
@@ -35,9 +36,10 @@ from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
 from nano_moca.weights import find_checkpoint
 
-# These flags may differ on --resume, since they change nothing that is computed.
+# These flags may differ on --resume. Most change nothing that is computed; with other
+# --steps the rest of the schedule is another, and a GPU's products are not the CPU's.
 MAY_CHANGE = ("output", "steps", "save_every", "resume", "device", "checkpointing", "on_error",
-    "held_out", "no_report")
+              "held_out", "no_report")
 
 
 def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
@@ -72,7 +74,7 @@ def skip_list(flags: CommonFlags, world: World) -> Path | None:
 
 
 def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimizer,
-        batches: Any) -> dict | None:
+           batches: Any) -> dict | None:
     """Make the output folder ready; with --resume, go back to the checkpoint in it.
 
     Returns the checkpoint's state, or None for a new run. Then model, optimiser and
@@ -104,7 +106,7 @@ def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimi
             raise MocaError(f"--resume: {saved['step']} steps are done: --steps {flags.steps} "
                             "is less")
 
-    # What a broken-off run listed after its checkpoint (a new run: all) is listed again.
+    # Drop what was listed after the checkpoint (in a new run: all): it is drawn again.
     keep_lines(output / "skipped.jsonl", batches.state["skipped"], world)
     return saved
 
@@ -117,11 +119,11 @@ def check_same_flags(flags: CommonFlags, before: dict) -> None:
     for name, value in before.items():
         if name not in MAY_CHANGE and getattr(flags, name) != value:
             raise MocaError(f"--resume: --{name.replace('_', '-')} was {value}: give the same "
-                "flags, or start anew without --resume")
+                            "flags, or start anew without --resume")
 
 
 def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,
-        step_contents: str) -> None:
+               step_contents: str) -> None:
     """One line that says what the run will do, by the main rank.
 
     done: steps behind us. step_contents: what one step takes, for instance "1,000
@@ -133,13 +135,13 @@ def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,
     # Numel of a sharded parameter counts the parts of all ranks.
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{flags.model} -> {Path(flags.output)}: {parameters:,} parameters, steps {done + 1} to "
-        f"{flags.steps} of {step_contents}, {world.size} rank(s) on "
-        f"{world.device.type}, products in {world.dtype}, all else in float32, "
-        f"seed {flags.seed}", flush=True)
+          f"{flags.steps} of {step_contents}, {world.size} rank(s) on "
+          f"{world.device.type}, products in {world.dtype}, weights in float32, "
+          f"seed {flags.seed}", flush=True)
 
 
 class Log:
-    """log.jsonl, one object per step, and a progress bar that shows the same.
+    """log.jsonl, one object per step, and a progress bar that shows its losses.
 
     Every rank keeps the lines; the main rank writes and shows them.
     """
@@ -184,12 +186,13 @@ class Log:
 
 
 def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimizer: Optimizer,
-        sources: list[str]) -> dict[str, float]:
+           sources: list[str]) -> dict[str, float]:
     """The end of a step: clip the gradients, move the weights, drop the gradients.
 
-    step: from 1. loss: of the step over all ranks. sources: the step's records. Returns
-    what the log says of it, {"lr", "grad_norm"}. MocaError names the records if loss or
-    gradients are not finite; the weights are then as they were before the step.
+    step: from 1. loss: of the step over all ranks. sources: this rank's records of it.
+    Returns what the log says of the step, {"lr", "grad_norm"}. MocaError if loss or
+    gradients are not finite; it names the records. The weights do not move then, and the
+    last checkpoint is from before the step.
     """
     # The norm over all parameters and ranks, before clipping.
     norm = nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
@@ -211,8 +214,8 @@ def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimiz
 
 
 def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
-    """What the peak learning rate is multiplied by at a step from 0, above 0 and up
-    to 1: up over a share of the steps, then down to 0."""
+    """The learning rate at a step, counted from 0, as a share of its peak: it rises to 1
+    over the first `warmup` of the steps, then falls linearly, to 0 after the last one."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return (step + 1) / rising
@@ -220,7 +223,7 @@ def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
 
 
 def save_progress(step: int, flags: CommonFlags, world: World, model: nn.Module,
-        optimizer: Optimizer, data_state: dict, log: Log) -> None:
+                  optimizer: Optimizer, data_state: dict, log: Log) -> None:
     """Save the checkpoint from which the run can go on after this step.
 
     data_state: from which the next step's records are drawn.
@@ -232,7 +235,7 @@ def save_progress(step: int, flags: CommonFlags, world: World, model: nn.Module,
 
 
 def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator,
-        data_state: dict) -> None:
+              data_state: dict) -> None:
     """After the last step: close log and loader, and say how much was skipped.
 
     loader: draws one step ahead, in a thread. data_state: after the last step.

@@ -138,12 +138,12 @@ def match_names(header: Header, model: VLM, folder: Path) -> dict[str, str]:
             wrong.append(f"{stored} is {list(shape)}, config.json asks for {list(asked[name])}")
         names[name] = stored
 
-    # The first four say what kind of misfit it is.
     wrong += [f"missing {stored_name(name)}" for name in asked if name not in names]
     if wrong:
+        # The first four say what kind of misfit it is.
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}: "
-            "take config.json and weights from one checkpoint")
+                        "take config.json and weights from one checkpoint")
     return names
 
 
@@ -176,7 +176,7 @@ def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None) ->
         embedding = names[EMBEDDING]
         if not torch.equal(head, read_tensor(header, embedding)):
             raise MocaError(f"{folder}: {HEAD} differs from {embedding}: "
-                "set tie_word_embeddings to false in config.json")
+                            "set tie_word_embeddings to false in config.json")
 
 
 def read_tensor(header: Header, stored: str) -> Tensor:
@@ -201,7 +201,7 @@ def add_mask_token(stored: Tensor, token: int, vocabulary: int) -> Tensor:
 
 
 def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
-        trained_with: dict | None = None) -> None:
+                 trained_with: dict | None = None) -> None:
     """Write config.json, and the weights in shards of 5 GB.
 
     tensors: by our names, not sharded. trained_with: {"attention": ..., "pooling":

@@ -111,6 +111,67 @@ def test_training_needs_nothing_beside_the_road(script: str, mixed: Path, tmp_pa
     assert not [name for name in loaded if is_beside(module_file(name))]
 
 
+JUMPS = """
+import inspect, sys, threading, tqdm
+from pathlib import Path
+import {script} as script
+
+root, calls = str(Path({root!r})), set()
+
+def inside(frame):
+    return frame is not None and frame.f_code.co_filename.startswith(root)
+
+def note(frame, event, _):  # a call that leads from one file of ours into another
+    if event != "call" or not inside(frame):
+        return
+    caller = frame.f_back
+    while caller is not None and not inside(caller):
+        caller = caller.f_back
+    if caller is not None and caller.f_code.co_filename != frame.f_code.co_filename:
+        calls.add((caller.f_code.co_filename, frame.f_code))
+
+class Done(Exception):
+    pass
+
+def update(bar, *_):  # the progress bar moves once per step: watch the second step
+    if sys.getprofile():
+        raise Done
+    sys.setprofile(note)
+
+tqdm.tqdm.update = update
+threading.setprofile(note)  # and all that the thread does that draws ahead
+words = ["--output", {output!r}, "--no-report", "--model", {base!r}, *{words!r}]
+try:
+    script.train(script.parse_flags(script.Flags, words, ""))
+except Done:
+    sys.setprofile(None)
+simple = set()  # reading a property or a length is no jump, nor is what autograd calls
+for name, module in list(sys.modules.items()):
+    if name.startswith("nano_moca"):
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            for thing in vars(kind).values():
+                function = getattr(thing, "fget", None) or getattr(thing, "func", None)
+                if function is not None:
+                    simple.add(function.__code__)
+print(sorted(code.co_name for _, code in calls
+             if code not in simple and code.co_name not in ("__len__", "backward")))
+"""
+
+
+@pytest.mark.parametrize(("script", "words"), [
+    ("train_cpt", ["--batch-tokens", "300"]), ("train_cl", ["--batch", "8"])])
+def test_jumps_of_a_step(script: str, words: list[str], tmp_path: Path) -> None:
+    """One training step calls few functions of other files than its own."""
+    code = JUMPS.format(script=script, words=words, root=str(ROOT), base=str(PACKAGE / "base"),
+                        output=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    jumps = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert {"attend", "pack"} <= set(jumps), "the step was not seen"
+    assert len(jumps) <= 20, jumps
+
+
 def test_shapes_obey_the_glossary() -> None:
     """Every letter in a shape comment is one that the glossary explains."""
     glossary = (PACKAGE / "__init__.py").read_text(encoding="utf-8")

@@ -2,10 +2,10 @@
 
 Nothing is stored. A record or pair is a function of (seed, split, index): any process
 can make any of them, in any order, and gets the same. Stage 1's records are a million
-without labels; stage 2's pairs are 500 for each task, as labels are dear.
+without labels; stage 2's pairs are at most 500 for each task, as labels are dear.
 
-*Documents* are headings and bodies of Python's documentation: long texts, and
-text-only pairs. Every other pair has near twins as hard negatives. In the splits for
+*Documents* are headings and bodies of Python's documentation, long texts. Every other
+pair is of scenes or pages, and has near twins as hard negatives. In the splits for
 testing, a scene's three twins are pairs of their own: 150 scenes make 600, each of
 which has to be told from its twins.
 """
@@ -115,6 +115,7 @@ class BuiltinPairs(Sequence):
     KINDS = {"scene-to-caption": "image-text", "caption-to-scene": "image-text",
              "page-retrieval": "long-document", "long-text": "long-document",
              "text-pairs": "text-only"}
+    FAMILIES = ("scene-to-caption", "caption-to-scene", "text-pairs")  # of a scene and its twins
     SIZES = {"train": 500, "development": 600, "test": 600}
     PAGES = 200  # queries for pages, when testing
 
@@ -152,7 +153,7 @@ class BuiltinPairs(Sequence):
             return make_pair(question, [" ".join(body.split()[:60])], source)
 
         # When testing, the four scenes of a family come from the same random numbers.
-        in_family = self.split != "train" and self.name != "page-retrieval"
+        in_family = self.split != "train" and self.name in self.FAMILIES
         number = index // 4 if in_family else index
         random = np.random.default_rng((*self.key, number))
         if self.name == "page-retrieval":

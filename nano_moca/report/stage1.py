@@ -55,7 +55,8 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
                 plot_restorations(path, model, processor, shown, *masking, world, causal)
     except MocaError as error:
         # The model is saved already: a bad record only costs the report.
-        print(f"no report on unseen records: {error}", flush=True)
+        if world.main:
+            print(f"no report on unseen records: {error}", flush=True)
 
     # The figures, which need no model.
     if world.main:
