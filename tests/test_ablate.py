@@ -122,13 +122,34 @@ def test_an_unknown_arm(tmp_path: Path) -> None:
         ablate.ablate(Flags("bot", 1, str(tmp_path)))
 
 
-def test_a_script_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """The script says what is wrong; what ran it stops with an error of its own."""
-    with pytest.raises(MocaError, match="train_cpt.py ended with exit code 1") as caught:
-        base.run_script("train_cpt.py", ["--model", "absent", "--output", str(tmp_path)])
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("words", "code"), [(["--model", "absent"], 1), (["--stepz", "3"], 2)])
+def test_a_script_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture,
+                                         words: list[str], code: int) -> None:
+    """The script says what is wrong; what ran it stops with the same exit code and no word more."""
+    with pytest.raises(SystemExit) as caught:
+        base.run_script("train_cpt.py", [*words, "--output", str(tmp_path)])
+    assert caught.value.code == code
     said = capfd.readouterr().err
-    assert said.startswith("error: ") and "absent" in said and said.count("\n") == 1
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert ("absent" if code == 1 else "--stepz") in said
+
+
+def test_a_script_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could say nothing: we do."""
+    (tmp_path / "train_cpt.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(base, "SCRIPTS", tmp_path)
+    with pytest.raises(MocaError, match="train_cpt.py was killed by signal 9"):
+        base.run_script("train_cpt.py", [])
+
+
+def test_help_of_the_base_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture) -> None:
+    """--help ends before a tokenizer is learned or a folder is made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        base.make_base(["--help"])
+    assert caught.value.code == 0 and "nano_moca/base" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_nano_base_is_made_by_the_script(made: list, tmp_path: Path,

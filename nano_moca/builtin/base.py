@@ -12,6 +12,7 @@ learns the tokenizer and trains from scratch, in about half an hour on one core.
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,12 +73,27 @@ def initialise(model: VLM, seed: int) -> None:
 def run_script(name: str, words: Sequence[str]) -> None:
     """`python NAME WORDS` in a process of its own, NAME being a training script.
 
-    The scripts stand above the package, so nothing in it imports them. MocaError if
-    the script fails; it has said why.
+    The scripts stand above the package, so nothing in it imports them. If the script
+    fails it has said why in one line, and we end with its exit code; MocaError if it was
+    killed before it could.
     """
     done = subprocess.run([sys.executable, str(SCRIPTS / name), *words])
+    if done.returncode < 0:
+        raise MocaError(f"{name} was killed by signal {-done.returncode}: run it again")
     if done.returncode:
-        raise MocaError(f"{name} ended with exit code {done.returncode}: see the line above")
+        sys.exit(done.returncode)
+
+
+def base_flags(words: Sequence[str]) -> Namespace:
+    """The two flags of train_cpt.py that matter here too; the script judges the others.
+
+    Ends here for --help.
+    """
+    about = "Make the nano base and put it into nano_moca/base. Other flags: train_cpt.py's."
+    parser = Parser(prog="nano_moca.builtin", description=about, allow_abbrev=False)
+    parser.add_argument("--output", default="runs/base", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser.parse_known_args(words)[0]
 
 
 def train_base(start: Path, words: Sequence[str]) -> Path:
@@ -87,13 +103,8 @@ def train_base(start: Path, words: Sequence[str]) -> Path:
     random weights. words: flags of train_cpt.py that differ from what the committed
     base was made with.
     """
-    # Two of the flags matter here too; the script judges the others.
-    parser = Parser(prog="nano_moca.builtin", description="Other flags: see train_cpt.py.")
-    parser.add_argument("--output", default="runs/base", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    flags, _ = parser.parse_known_args(words)
-
-    # Weights to begin with.
+    # Random weights, in a checkpoint's own files.
+    flags = base_flags(words)
     model = VLM(load_config(start))
     initialise(model, flags.seed)
     save_weights(start, model.state_dict(), model.config)
@@ -109,6 +120,7 @@ def make_base(words: Sequence[str]) -> None:
 
     The shape of the model is what the base's config.json says: change it there.
     """
+    base_flags(words)  # a mistake there, or --help, ends us before anything is made
     start = Path(shutil.copytree(BASE, "runs/base/start", dirs_exist_ok=True))
     make_tokenizer().save(str(start / "tokenizer.json"))
     model = train_base(start, words)
