@@ -103,7 +103,6 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
     its defaults.
     """
     # All ranks gather one tensor at a time; only the main rank keeps it, in host memory.
-    dtype = stored_dtype(vlm.config)
     tensors = {}
     for name, parameter in vlm.named_parameters():
         tensor = parameter.detach()
@@ -112,7 +111,7 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
         # A copy: if W does not divide the first dimension, full_tensor returns a view
         # of a longer tensor, and views cannot be saved.
         if world.main:
-            tensors[name] = tensor.to("cpu", dtype, copy=True)
+            tensors[name] = tensor.to("cpu", stored_dtype(vlm.config), copy=True)
 
     # Beside the old model, and renamed when it is complete.
     if world.main:
@@ -121,6 +120,7 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
             save_weights(fresh, tensors, vlm.config, trained_with)
             processor.save(fresh)
             replace_folder(folder)
+        print(f"{folder}: the model is saved", flush=True)
     world.wait()
 
 
