@@ -123,8 +123,8 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
         heads_divide = (config.width % config.heads == 0
             and config.heads % config.kv_heads == 0 and vision.width % vision.heads == 0)
         check(heads_divide, "heads must divide the width, and key heads the heads")
-        group = vision.patch * vision.merge  # pixels
-        check(vision.window % group == 0, "window_size must be whole groups")
+        group_side = vision.patch * vision.merge  # in pixels, as the window's
+        check(vision.window % group_side == 0, "window_size must be whole groups")
 
         # One frequency turns two values of a head, so there are half as many.
         sections = config.rope_sections

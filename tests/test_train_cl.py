@@ -163,6 +163,15 @@ def test_activation_checkpointing_changes_nothing(plain: Path, run: Callable, tm
     assert_same_run(run(tmp_path / "run", "--checkpointing", "--chunk", "4"), plain)
 
 
+def test_a_report_on_no_usable_pair(ablated: Callable, tmp_path: Path) -> None:
+    """Held-out lines that all name no task cost the report its pictures, and not the run."""
+    held_out = write_data(tmp_path / "held-out.jsonl", [{"query": {"text": "no task"}}] * 2)
+    ablated("--steps", "1", "--held-out", held_out, "--on-error", "skip")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores == {"pairs": str(held_out), "tasks": {}}
+    assert not (tmp_path / "run" / "retrieval.png").exists()
+
+
 def test_a_gather_without_gradient_is_another_run(
         plain: Path, ablated: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparisons above see what the positives' gradient is worth."""

@@ -45,7 +45,7 @@ def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> Non
             pairs = [task[index] for index in range(min(REPORT_PAIRS, len(task)))]
             rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
             scores[name] = rankings[name].scores()
-        if world.main:
+        if world.main and rankings:  # none, if every pair was unusable
             plot_retrieval(output / "retrieval.png", rankings)
             plot_similarity(output / "similarity.png", rankings)
     except MocaError as error:
