@@ -19,40 +19,107 @@ Left out: locks. Two runs that write into one folder spoil each other's files.
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class MocaError(Exception):
     """An error that the user can fix: one line with a file's name and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: object) -> str:
+    """A text as one line to print: what is written in data, or a file is called, may
+    hold line ends and control characters, and could forge a line of ours."""
+    shown = []
+    for character in str(text):
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
+    return "".join(shown)
+
+
+# --- files ------------------------------------------------------------------------
+
+
+def regular_file(path: Path) -> Path:
+    """The path itself; MocaError unless it is an ordinary file, or a link to one. To
+    read a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise MocaError(f"{path} cannot be read ({reason(error)}): correct the path") from None
+    if not stat.S_ISREG(mode):
+        raise MocaError(f"{path} is not an ordinary file: give a file")
+    return path
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the path that the text of an OSError repeats."""
+    return getattr(error, "strerror", None) or str(error).strip() or repr(error)
+
 
 def read_json(path: Path) -> dict:
     """One JSON object from a file; MocaError if absent, malformed or no object."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}  # TypeError if no object
-    except (OSError, ValueError, TypeError) as error:
-        # An OSError's text repeats the path; its strerror is the reason alone.
-        reason = getattr(error, "strerror", None) or error
+        return {**json.loads(regular_file(path).read_text(encoding="utf-8"))}
+    # TypeError if it is no object, RecursionError if it is nested too deep.
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         advice = "give the folder of a Qwen-VL checkpoint"
-        raise MocaError(f"{path} cannot be read ({reason}): {advice}") from None
+        raise MocaError(f"{path} cannot be read ({reason(error)}): {advice}") from None
 
 
 def write_json(path: Path, content: dict) -> None:
-    """A JSON file that a person can read."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """A JSON file that a person can read. An existing one stays until this one is
+    complete."""
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Make a MocaError of whatever is raised when a disk is full or read-only."""
+def writing(path: Path) -> Iterator[None]:
+    """Make a MocaError that names the path of what is raised when a disk is full or
+    may not be written."""
     try:
         yield
-    # OSError, RuntimeError, SafetensorError, and the tokenizer's plain Exception.
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MocaError(f"{folder} cannot be written ({reason}): make room on the disk") from None
+    # What the file system, torch.save and safetensors raise.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        what = reason(error).splitlines()[0]
+        raise MocaError(f"{path} cannot be written ({what}): make room on the disk, or choose "
+                        "a place that may be written") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to. After the block it takes the name, complete
+    and on the disk; until then, and whatever fails, what had the name stays."""
+    # A link stays one: the file that it points to is replaced.
+    target = Path(os.path.realpath(path))
+    fresh = target.with_name(target.name + ".new")
+    try:
+        with writing(path):
+            yield fresh
+            flush(fresh)
+            fresh.replace(target)
+    finally:
+        with suppress(OSError):
+            fresh.unlink()  # there is one only if something failed
+
+
+def flush(file: Path) -> None:
+    """Return when the content of a file is on the disk: a rename may get there before
+    it."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+# --- folders ----------------------------------------------------------------------
 
 
 def find_folder(folder: Path) -> Path:
@@ -82,9 +149,9 @@ def replace_folder(folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
 
     # A rename may reach the disk before the content does: flush the content first.
-    for file in fresh.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+    for file in fresh.rglob("*"):
+        if file.is_file():
+            flush(file)
 
     # After an earlier crash .old may be the only complete one: put it back first.
     find_folder(folder)

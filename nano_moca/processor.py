@@ -340,7 +340,8 @@ class Processor:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, with the mask token, and preprocessor_config.json."""
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        content = self.tokenizer.to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
         # The limits in use, and the name by which transformers knows the processor.
         content = self.image | {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels,
