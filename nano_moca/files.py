@@ -150,10 +150,11 @@ def beside(path: Path, ending: str) -> Path:
 
 def find_folder(folder: Path) -> Path:
     """`folder`, put back from its `.old` if a crash fell between the two renames of
-    `replace_folder`."""
+    `replace_folder`; an `.old` that is left over goes."""
     old = beside(folder, ".old")
     if old.exists() and not folder.exists():
         old.rename(beside(folder, ""))
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -184,7 +185,6 @@ def replace_folder(folder: Path) -> None:
 
     # After an earlier crash .old may be the only complete one: put it back first.
     find_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
     # Between the two renames nothing has the name, but .old and .new are complete.
     if folder.exists():

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import TextIO
 
@@ -20,9 +21,9 @@ from nano_moca.checkpoint import REPORT
 from nano_moca.files import MARKER, MocaError, beside, first_lines, writing
 from nano_moca.flags import CommonFlags
 
-# What a run writes into --output, with the endings that it has for a moment.
+# What a run writes into --output, with the endings that this has for a moment.
 FOLDERS = ("checkpoint", "model")
-FILES = ("log.jsonl", "skipped.jsonl", *REPORT)
+WRITTEN = (*FOLDERS, "log.jsonl", "skipped.jsonl", *REPORT)
 ENDINGS = ("", ".new", ".old", ".part")
 STRAY = (f"{MARKER}*", ".DS_Store", "._*", ".nfs*")  # what we or systems leave in any folder
 
@@ -51,8 +52,7 @@ def check_inputs(flags: CommonFlags) -> None:
     """MocaError if a flag names what the run replaces in --output, or part of it. Links
     are followed: what counts is where a file is."""
     output = beside(Path(flags.output), "")
-    names = (*FOLDERS, *FILES)
-    replaced = {beside(output / name, ending) for name in names for ending in ENDINGS}
+    replaced = {beside(output / name, ending) for name, ending in product(WRITTEN, ENDINGS)}
 
     for name in ("model", "processor", "data", "held_out"):
         # Several, separated by commas, unless a file has this very name.
@@ -70,18 +70,17 @@ def check_inputs(flags: CommonFlags) -> None:
 def check_output(output: Path) -> None:
     """MocaError if the run would replace what no run wrote, or what may not be written."""
     marked = (output / MARKER).exists()
-    for name in (*FOLDERS, *FILES):
-        for ending in ENDINGS:
-            path = beside(output / name, ending)
+    for name, ending in product(WRITTEN, ENDINGS):
+        path = beside(output / name, ending)
 
-            # A file is a run's in a folder of one, a folder if its own marker says so.
-            ours = (*STRAY, *first_lines(path / MARKER).splitlines())
-            strange = [file for file in path.glob("*") if not any(map(file.match, ours))]
-            is_folder = path.is_dir()
-            usable = is_folder == (name in FOLDERS) and os.access(path, os.W_OK)
-            if strange or path.exists() and not (usable and (marked or is_folder)):
-                raise MocaError(f"{[path, *strange][-1]} was written by no run, or may not be "
-                                "written: move it, or choose another --output")
+        # A file is a run's in a folder of one, a folder if its own marker says so.
+        ours = (*STRAY, *first_lines(path / MARKER).splitlines())
+        strange = [file for file in path.glob("*") if not any(map(file.match, ours))]
+        is_folder = path.is_dir()
+        usable = is_folder == (name in FOLDERS) and os.access(path, os.W_OK)
+        if strange or path.exists() and not (usable and (marked or is_folder)):
+            raise MocaError(f"{[path, *strange][-1]} is not a run's (no {MARKER} says so), or may "
+                            "not be written: move it, or choose another --output")
 
 
 def lock(marker: TextIO, output: Path) -> None:

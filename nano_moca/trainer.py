@@ -209,10 +209,6 @@ class Log:
         if self.path.suffix == ".part":
             self.path = self.path.replace(self.path.with_suffix(""))
 
-    def close(self) -> None:
-        """Close the bar; `lines` stay."""
-        self.bar.close()
-
 
 def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimizer: Optimizer,
            sources: list[str]) -> dict[str, float]:
@@ -275,7 +271,7 @@ def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator,
 
     loader: draws one step ahead, in a thread. data_state: after the last step.
     """
-    log.close()
+    log.bar.close()
 
     # Nothing was learned from the step drawn ahead: take back what it listed as skipped.
     loader.close()

@@ -137,7 +137,7 @@ def logged(path: Path, done: int, steps: int) -> Log:
     log = Log(path, ALONE, steps, saved if done else None)
     for step in range(done + 1, steps + 1):
         log.write({"step": step, "loss": 1 / step})
-    log.close()
+    log.bar.close()
     return log
 
 
@@ -198,7 +198,7 @@ def test_log_is_on_disk_at_once(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.jsonl", ALONE, 3, None)
     log.write({"step": 1, "loss": 0.5})
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.5}]
-    log.close()
+    log.bar.close()
 
 
 # --- checkpoints --------------------------------------------------------------------------------
