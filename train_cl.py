@@ -32,6 +32,7 @@ from nano_moca.data import load_tasks
 from nano_moca.distributed import init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
+from nano_moca.guard import guarded
 from nano_moca.losses import info_nce
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
@@ -89,6 +90,7 @@ def embed_chunk(model: VLM, processor: Processor, chunk: list[EncodedRecord],
     return model.embed(batch, causal, pooling)[: len(chunk)]
 
 
+@guarded  # one run an --output, over nothing that it reads (guard.py)
 def train(flags: Flags) -> None:
     """The whole of stage 2: build, loop, save, report."""
     causal = flags.attention == "causal"
@@ -101,7 +103,7 @@ def train(flags: Flags) -> None:
     folder, config, processor = open_checkpoint(flags)
     model = empty_model(config)
     shard(model, [*model.visual.blocks, *model.language.layers], world)
-    load_weights(model, folder, processor.new_mask_token)
+    load_weights(model, folder, processor.new_mask_token, flags.allow_extra)
     model.run_vision_always = True  # in a batch without images too, as in train_cpt.py
     model.set_checkpointing(flags.checkpointing)
 
@@ -109,6 +111,8 @@ def train(flags: Flags) -> None:
     skipped = skip_list(flags, world)
     unusable: list[MocaError] = []  # lines that name no task, to be listed; else they stop us
     tasks = load_pairs(flags, unusable if skipped else None)
+    if flags.held_out:
+        load_tasks(flags.held_out, flags.seed, [])  # a wrong path ends us now, not later
     batches = PairBatches(tasks, processor, flags.batch, flags.max_tokens,
                           flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
                           world_size=world.size, skipped=skipped, unusable=unusable)
@@ -180,7 +184,8 @@ def train(flags: Flags) -> None:
 
     close_run(flags, world, log, loader, data_state)
     save_model(output / "model", world, model, processor,
-               {"attention": flags.attention, "pooling": pooling})
+               {"attention": flags.attention, "pooling": pooling,
+                "max_tokens": flags.max_tokens})
 
     # What was learned, on held-out pairs.
     if not flags.no_report:

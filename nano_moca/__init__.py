@@ -33,6 +33,7 @@ then what they stand on:
     flags.py, checkpoint.py, trainer.py     the surroundings of a loop
     embedder.py      a trained model in use
     files.py         errors, JSON, folders that survive a crash
+    guard.py         what a run may touch
 
 and beside the road: report/ (the pictures and scores at the end of a run), builtin/
 (the data and the base model that come with the code), evaluate/ (benchmarks),

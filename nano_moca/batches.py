@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nano_moca.batch import EncodedRecord, Pair, Record
 from nano_moca.data import record_key
-from nano_moca.files import MocaError
+from nano_moca.files import MocaError, writing
 from nano_moca.processor import Processor
 
 
@@ -76,7 +76,7 @@ class Steps:
             raise error
         self.state["skipped"] += 1
         line = {"count": self.state["skipped"], "reason": str(error)}
-        with open(self.skipped, "a") as file:
+        with writing(self.skipped), open(self.skipped, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -148,7 +148,7 @@ class TokenBatches(Steps):
         while True:
             if self.state["next"] == len(self.records):
                 if not self.state["usable"]:
-                    raise MocaError("no record of the data can be used: skipped.jsonl says why")
+                    raise MocaError(f"no record of the data can be used: {self.skipped} says why")
                 self.state["epoch"] += 1
                 self.state["next"] = 0
                 self.state["usable"] = 0
@@ -311,7 +311,7 @@ class PairBatches(Steps):
         """The next step's task, and those of its pairs that can be used."""
         epoch, place = divmod(self.state["step"], self.steps)
         if epoch and not place and not self.state["usable"]:
-            raise MocaError("no pair of the data can be used: skipped.jsonl says why")
+            raise MocaError(f"no pair of the data can be used: {self.skipped} says why")
         name, number = self.plan(epoch)[place]
         task_pass = number // self.batches_per_pass[name]
 

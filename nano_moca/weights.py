@@ -154,7 +154,8 @@ def empty_model(config: Config, dtype: torch.dtype = torch.float32) -> VLM:
         return VLM(config).to(dtype)
 
 
-def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None) -> None:
+def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None,
+                 allow_extra: bool = False) -> None:
     """Copy a checkpoint's weights into a model that has memory (after `to_empty`).
 
     new_mask_token: the id of a mask token that the checkpoint lacks; it gets an
