@@ -23,7 +23,9 @@ from nano_moca.data import make_record
 from nano_moca.files import MocaError
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import empty_model, find_checkpoint, load_weights, stored_dtype
+from nano_moca.weights import (
+    empty_model, find_checkpoint, find_weights, load_weights, stored_dtype,
+)
 
 TOKENS_AT_ONCE = 8192  # of one forward pass of `embed`, about
 
@@ -130,8 +132,10 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     if dtype is None:
         dtype = stored_dtype(config) if device.type == "cuda" else torch.float32
 
-    # The memory is given once, in the dtype and on the device where it stays.
+    # The memory is given once, in the dtype and on the device where it stays; and only
+    # if the weights fit into it.
     model = empty_model(config, dtype)
+    find_weights(folder, model)
     model.to_empty(device=device)
     load_weights(model, folder)
     return Moca(model.eval(), processor, attention, pooling)
