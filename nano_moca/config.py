@@ -102,10 +102,20 @@ class Config:
     vision: VisionConfig
     raw: dict  # the file's content, from which a saved model's is written
 
+    # How the two towers' names begin in the files that we save.
+    saved_names = {"language": "model", "visual": "visual"}
+
     @property
     def head_width(self) -> int:
         """Values of one attention head (d)."""
         return self.width // self.heads
+
+    @property
+    def rope_axes(self) -> list[int]:
+        """The axis that each of the d/2 frequencies turns with: 0 for the frame, 1 for
+        the row, 2 for the column."""
+        frames, rows, columns = self.rope_sections
+        return [0] * frames + [1] * rows + [2] * columns
 
 
 @dataclass(frozen=True)

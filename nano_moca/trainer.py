@@ -29,8 +29,9 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nano_moca.checkpoint import keep_lines, load_checkpoint, save_checkpoint
-from nano_moca.config import Config, grow_vocabulary, load_config
+from nano_moca.config import Config, grow_vocabulary
 from nano_moca.distributed import World
+from nano_moca.families import load_config
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
