@@ -10,7 +10,7 @@ hold a recurrent state, which cannot read in both directions.
 
 from pathlib import Path
 
-from nano_moca.config import Config, parse_config
+from nano_moca.config import ACTIVATIONS, Config, Section, parse_config
 from nano_moca.files import read_json
 from nano_moca.model import VLM
 
@@ -18,16 +18,16 @@ from nano_moca.model import VLM
 def load_config(folder: Path) -> Config:
     """Read `folder/config.json`; MocaError says what is missing or not supported."""
     path = Path(folder) / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") == "qwen3_vl":
+    top = Section({"model_type": None} | read_json(path), f"{path}: ")
+    if top.choice("model_type", *ACTIVATIONS, "qwen3_vl") == "qwen3_vl":
         from nano_moca.qwen3.config import parse_qwen3
 
-        return parse_qwen3(raw, str(path))
-    return parse_config(raw, str(path))
+        return parse_qwen3(top.values, str(path))
+    return parse_config(top.values, str(path))
 
 
 def build_model(config: Config) -> VLM:
-    """The model of a config, on the device and in the state of torch's defaults."""
+    """The model that a config describes, with weights yet to be read."""
     if config.family == "qwen3_vl":
         from nano_moca.qwen3.model import VLM as Qwen3VLM
 
