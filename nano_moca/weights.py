@@ -171,7 +171,7 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
         # The first four say what kind of misfit it is.
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}: take "
-                        "config.json and all weights, the head too, from one checkpoint")
+                        "config.json and all weights, with the output head, from one checkpoint")
     return found
 
 
