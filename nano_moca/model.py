@@ -289,15 +289,14 @@ class VisionTower(nn.Module):
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
         """patches [P, 1176], by 2x2 groups; grids [I, 3] on the host: frames, rows
         and columns of patches -> image tokens [J, D]."""
-        config = self.config
         order, angles, full_segments, window_segments = self.arrange(grids, patches.device)
 
         # Embed the patches, and sort them by window.
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, E]
-        x = x.view(len(order), config.merge**2, -1)[order].flatten(0, 1)  # [P, E]
+        x = x.view(len(order), self.config.merge**2, -1)[order].flatten(0, 1)  # [P, E]
 
         for number, block in enumerate(self.blocks):
-            segments = full_segments if number in config.full_blocks else window_segments
+            segments = full_segments if number in self.config.full_blocks else window_segments
             x = run_layer(block, self.checkpointing, x, angles, segments)  # [P, E]
 
         # Four patches become one image token; then back from windows to the image's

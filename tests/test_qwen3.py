@@ -150,7 +150,7 @@ def test_what_a_file_leaves_out() -> None:
     assert (config.vocabulary, config.layers, config.kv_heads, config.mlp_width) == (
         151936, 32, 32, 22016)
     assert (config.head_width, config.rope_theta, config.norm_eps) == (128, 5e5, 1e-6)
-    assert (config.rope_sections, config.tied) == ((24, 20, 20), False)
+    assert (len(config.rope_axes), config.tied) == (64, False)
     assert (config.vision.depth, config.vision.width, config.vision.table_side) == (27, 1152, 48)
     assert (config.vision.patch_values, config.vision.deepstack) == (1536, (8, 16, 24))
 
@@ -162,13 +162,15 @@ def test_what_a_file_leaves_out() -> None:
     assert replace(parse_qwen3(older), raw={}) == replace(newer, raw={})
 
 
-def test_axes_take_turns() -> None:
+@pytest.mark.parametrize(("sections", "axes"), [
+    ([24, 20, 20], [0, 1, 2] * 20 + [0] * 4), ([4, 3, 1], [0, 1, 2, 0, 1, 0, 0, 1]),
+    ([2, 3, 3], [0, 1, 2, 0, 1, 2, 0, 1])])  # here the rows would need a ninth frequency
+def test_axes_take_turns(raw: dict, sections: list[int], axes: list[int]) -> None:
     """Frame, row, column, frame, ..., and what is left turns with the frame."""
-    config = parse_qwen3({"vision_config": {"out_hidden_size": 4096}})
-    assert config.rope_axes == [0, 1, 2] * 20 + [0] * 4
-    axes = replace(config, head_dim=16, rope_sections=(4, 3, 1)).rope_axes
-    assert axes == [0, 1, 2, 0, 1, 0, 0, 1]
-    assert load_config(BASE).rope_axes == sorted(load_config(BASE).rope_axes)
+    raw = copy.deepcopy(raw)
+    raw["text_config"]["head_dim"] = 2 * len(axes)
+    raw["text_config"]["rope_parameters"]["mrope_section"] = sections
+    assert parse_qwen3(raw).rope_axes == tuple(axes)
 
 
 @pytest.mark.parametrize(("place", "key", "value"), [

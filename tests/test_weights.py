@@ -128,7 +128,7 @@ def test_shards_that_do_not_fit(moca: Moca, tmp_path: Path, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("change, word", [
-    (lambda raw: raw.update(model_type="qwen3_vl"), "model_type"),
+    (lambda raw: raw.update(model_type="qwen3_vl_moe"), "model_type"),
     (lambda raw: raw.pop("model_type"), "model_type"),
     (lambda raw: raw["text_config"].update(use_sliding_window=True), "use_sliding_window"),
     (lambda raw: raw["text_config"].update(hidden_act="gelu"), "hidden_act"),

@@ -18,7 +18,7 @@ DECODER_NUMBERS = {
     "layers": ("num_hidden_layers", 32, 1, 1000),
     "heads": ("num_attention_heads", 32, 1, 10**4),
     "kv_heads": ("num_key_value_heads", 32, 1, 10**4),
-    "head_dim": ("head_dim", 128, 2, 10**4),
+    "head_width": ("head_dim", 128, 2, 10**4),
     "mlp_width": ("intermediate_size", 22016, 1, 10**6),
     "norm_eps": ("rms_norm_eps", 1e-6, 1e-12, 0.1)}
 VISION_NUMBERS = {
@@ -44,23 +44,8 @@ class Qwen3VisionConfig(VisionConfig):
 class Qwen3Config(Config):
     """The decoder's shape, the vision tower's, and the file they were read from."""
 
-    head_dim: int
-
     # The family is younger than the older layout: transformers does not read it in that.
     saved_names = {"language": "model.language_model", "visual": "model.visual"}
-
-    @property
-    def head_width(self) -> int:
-        """Values of one attention head (d), which need not be D / H."""
-        return self.head_dim
-
-    @property
-    def rope_axes(self) -> list[int]:
-        """The axis that each of the d/2 frequencies turns with. The three take turns
-        (frame, row, column, frame, ...), the row and the column until they have as many
-        as their section says; the slowest frequencies all turn with the frame."""
-        sections, count = self.rope_sections, self.head_width // 2
-        return [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(count)]
 
 
 def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
@@ -76,12 +61,20 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
     # Files of transformers 4 keep rope_theta beside the other rotary parameters.
     rope = text.part("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
     turning = rope if "rope_theta" in rope.values else text
+
+    # The three axes take turns (frame, row, column, frame, ...), row and column until they
+    # have as many frequencies as their section says. All slower ones turn with the frame.
+    sections = rope.numbers("mrope_section", (24, 20, 20), 10**5)
+    fits = len(sections) == 3 and sum(sections) * 2 == sizes["head_width"]
+    rope.check(fits, "mrope_section", f"three numbers, half of {sizes['head_width']} together")
+    axes = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
+
     tied = top.choice("tie_word_embeddings", False, True)
     tied |= text.choice("tie_word_embeddings", False, True)
     config = Qwen3Config(
         family="qwen3_vl", stored_vocabulary=sizes["vocabulary"], vision=vision, raw=raw,
-        rope_theta=turning.number("rope_theta", 500000.0, 1.0, 1e12),
-        rope_sections=rope.numbers("mrope_section", (24, 20, 20), 10**5), tied=tied, **sizes)
+        rope_theta=turning.number("rope_theta", 500000.0, 1.0, 1e12), rope_axes=tuple(axes),
+        tied=tied, **sizes)
 
     # Switches of other models, in positions that are not implemented here.
     text.choice("model_type", "qwen3_vl_text")
@@ -96,10 +89,8 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
         section.choice("torch_dtype", *DTYPES)
         section.choice("dtype", *DTYPES)
     top.part("nano_moca")
-    heads, sections = config.heads, config.rope_sections
+    heads = config.heads
     text.check(heads % config.kv_heads == 0, "num_key_value_heads", f"a divisor of {heads}")
-    fits = len(sections) == 3 and sum(sections) * 2 == config.head_dim
-    rope.check(fits, "mrope_section", f"three numbers, half of {config.head_dim} together")
     return config
 
 

@@ -7,7 +7,7 @@
                    DeepStack: a few of its blocks put out image tokens too
     decoder        queries and keys are normed, head by head; q, k and v have no bias
                    a head's width is in the config, and is not D / H
-                   M-RoPE's axes take turns: see `Qwen3Config.rope_axes`
+                   M-RoPE's axes take turns: see `parse_qwen3` in config.py
                    DeepStack: what those blocks put out is added after the first layers
 
 DeepStack (arXiv 2406.04334) has k features for each image token. They come from, say,
