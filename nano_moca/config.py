@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nano_moca.files import MocaError, read_json
+from nano_moca.files import MocaError
 
 BASE = Path(__file__).parent / "base"  # the nano base: two million parameters
 ACTIVATIONS = {"qwen2_5_vl": "silu", "qwen2_vl": "quick_gelu"}  # the towers'
@@ -156,12 +156,6 @@ def grow_vocabulary(config: Config, token: int) -> Config:
     """The config with an embedding for the id `token`. Qwen's embeddings are padded
     beyond the tokenizer's last id, so that they seldom have to grow."""
     return replace(config, vocabulary=max(config.vocabulary, token + 1))
-
-
-def load_config(folder: Path) -> Config:
-    """Read `folder/config.json`; MocaError says what is missing or not supported."""
-    path = Path(folder) / "config.json"
-    return parse_config(read_json(path), str(path))
 
 
 def parse_config(raw: dict, source: str = "config.json") -> Config:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
-from nano_moca.config import Config, load_config, parse_config
+from nano_moca.config import Config, parse_config
+from nano_moca.families import load_config
 from nano_moca.model import VLM
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
