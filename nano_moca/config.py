@@ -178,7 +178,9 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     turning = rope if "rope_theta" in rope.values else text
 
     # Heads share the width. One frequency turns two values of a head, with one axis of
-    # the position.
+    # the position; other ways to turn are not implemented here.
+    rope.choice("rope_type", "default", "mrope")
+    rope.choice("type", "default", "mrope")
     head_width, over = divmod(sizes["width"], heads)
     text.check(not over, "num_attention_heads", f"a divisor of {sizes['width']}")
     sections = rope.numbers("mrope_section", (16, 24, 24), 10**5)
@@ -199,8 +201,6 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     text.choice("use_sliding_window", False, None)
     text.choice("hidden_act", "silu")
     text.choice("layer_types", None, ["full_attention"] * config.layers)
-    rope.choice("rope_type", "default", "mrope")
-    rope.choice("type", "default", "mrope")
 
     # The dtype has an older and a newer key. "nano_moca" is ours, see save_weights.
     for section in (top, text):

@@ -220,6 +220,16 @@ def test_refused_configs(place: str, key: str, value: object, raw: dict, tmp_pat
         assert str(value) in message
 
 
+def test_default_blocks_of_a_shallow_tower(raw: dict) -> None:
+    """By default blocks 8, 16 and 24 put out features: there have to be as many."""
+    raw = copy.deepcopy(raw)
+    del raw["vision_config"]["deepstack_visual_indexes"]
+    with pytest.raises(MocaError, match="deepstack_visual_indexes is left out"):
+        parse_qwen3(raw)
+    raw["vision_config"]["depth"] = 25
+    assert parse_qwen3(raw).vision.deepstack == (8, 16, 24)
+
+
 def test_a_table_of_another_size(checkpoint: Path, tmp_path: Path) -> None:
     """The weights do not fit then, and the message says which; also if it is no square."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))

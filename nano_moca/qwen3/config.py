@@ -61,6 +61,9 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
     # Files of transformers 4 keep rope_theta beside the other rotary parameters.
     rope = text.part("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
     turning = rope if "rope_theta" in rope.values else text
+    rope.choice("rope_type", "default")
+    rope.choice("type", "default")
+    rope.choice("mrope_interleaved", True)
 
     # The three axes take turns (frame, row, column, frame, ...), row and column until they
     # have as many frequencies as their section says. All slower ones turn with the frame.
@@ -80,9 +83,6 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
     text.choice("model_type", "qwen3_vl_text")
     text.choice("hidden_act", "silu")
     text.choice("attention_bias", False)
-    rope.choice("rope_type", "default")
-    rope.choice("type", "default")
-    rope.choice("mrope_interleaved", True)
 
     # The rest is as in `parse_config`.
     for section in (top, text):
@@ -103,9 +103,10 @@ def parse_tower(tower: Section, width: int, layers: int) -> Qwen3VisionConfig:
     vision = Qwen3VisionConfig(act=act, window=0, full_blocks=(), deepstack=blocks,
                                table_side=math.isqrt(places), **sizes)
 
-    # The features of a block enter after a layer of the decoder, and there is one each.
-    rising = list(blocks) == sorted(set(blocks)) and len(blocks) <= layers
-    tower.check(rising, "deepstack_visual_indexes", f"at most {layers} rising numbers")
+    # Each block's features enter after a layer of the decoder of their own.
+    rising = sorted(set(blocks) & set(range(vision.depth)))
+    fits = rising == list(blocks) and len(blocks) <= layers
+    tower.check(fits, "deepstack_visual_indexes", f"at most {layers} rising numbers below depth")
     tower.check(vision.out_width == width, "out_hidden_size", f"the decoder's width {width}")
     quarters = vision.width // 4
     tower.check(vision.width % (4 * vision.heads) == 0, "num_heads", f"a divisor of {quarters}")
