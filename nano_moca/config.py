@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nano_moca.files import MocaError, read_json
+from nano_moca.files import MocaError
 
 BASE = Path(__file__).parent / "base"  # the nano base: two million parameters
 ACTIVATIONS = {"qwen2_5_vl": "silu", "qwen2_vl": "quick_gelu"}  # the towers'
@@ -94,18 +94,17 @@ class Config:
     layers: int
     heads: int  # H
     kv_heads: int  # K: H / K query heads share a key and value (grouped queries)
+    head_width: int  # d
     mlp_width: int
     rope_theta: float
-    rope_sections: tuple[int, int, int]  # frequencies for frame, row, column
+    rope_axes: tuple[int, ...]  # of the d/2 frequencies: 0 for frame, 1 row, 2 column
     norm_eps: float
     tied: bool  # the output head is the embedding
     vision: VisionConfig
     raw: dict  # the file's content, from which a saved model's is written
 
-    @property
-    def head_width(self) -> int:
-        """Values of one attention head (d)."""
-        return self.width // self.heads
+    # How the two towers' names begin in the files that we save.
+    saved_names = {"language": "model", "visual": "visual"}
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,6 @@ def grow_vocabulary(config: Config, token: int) -> Config:
     return replace(config, vocabulary=max(config.vocabulary, token + 1))
 
 
-def load_config(folder: Path) -> Config:
-    """Read `folder/config.json`; MocaError says what is missing or not supported."""
-    path = Path(folder) / "config.json"
-    return parse_config(read_json(path), str(path))
-
-
 def parse_config(raw: dict, source: str = "config.json") -> Config:
     """The content of a `config.json`, flat or nested, as a `Config`.
 
@@ -184,21 +177,30 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     rope = text.part("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
     turning = rope if "rope_theta" in rope.values else text
 
+    # Heads share the width. One frequency turns two values of a head, with one axis of
+    # the position; other ways to turn are not implemented here.
+    rope.choice("rope_type", "default", "mrope")
+    rope.choice("type", "default", "mrope")
+    head_width, over = divmod(sizes["width"], heads)
+    text.check(not over, "num_attention_heads", f"a divisor of {sizes['width']}")
+    sections = rope.numbers("mrope_section", (16, 24, 24), 10**5)
+    fits = len(sections) == 3 and sum(sections) * 2 == head_width
+    rope.check(fits, "mrope_section", f"three numbers, half of {head_width} together")
+    frames, rows, columns = sections
+
     # Some files of transformers 4 say tied in text_config only, and untied at the top.
     tied = top.choice("tie_word_embeddings", False, True)
     tied |= text.choice("tie_word_embeddings", False, True)
     config = Config(
         family=family, stored_vocabulary=sizes["vocabulary"], vision=vision, raw=raw,
         kv_heads=heads if kv_heads is None else text.number("num_key_value_heads", 8, 1, 10**4),
-        rope_theta=turning.number("rope_theta", 1e6, 1.0, 1e12),
-        rope_sections=rope.numbers("mrope_section", (16, 24, 24), 10**5), tied=tied, **sizes)
+        head_width=head_width, rope_theta=turning.number("rope_theta", 1e6, 1.0, 1e12),
+        rope_axes=(0,) * frames + (1,) * rows + (2,) * columns, tied=tied, **sizes)
 
     # Switches of other Qwen models, in positions that are not implemented here.
     text.choice("use_sliding_window", False, None)
     text.choice("hidden_act", "silu")
     text.choice("layer_types", None, ["full_attention"] * config.layers)
-    rope.choice("rope_type", "default", "mrope")
-    rope.choice("type", "default", "mrope")
 
     # The dtype has an older and a newer key. "nano_moca" is ours, see save_weights.
     for section in (top, text):
@@ -206,13 +208,8 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
         section.choice("dtype", *DTYPES)
     top.part("nano_moca")
 
-    # Heads share the width, and query heads the key heads. One frequency turns two
-    # values of a head.
-    text.check(config.width % heads == 0, "num_attention_heads", f"a divisor of {config.width}")
+    # Query heads share the key heads.
     text.check(heads % config.kv_heads == 0, "num_key_value_heads", f"a divisor of {heads}")
-    sections = config.rope_sections
-    fits = len(sections) == 3 and sum(sections) * 2 == config.head_width
-    rope.check(fits, "mrope_section", f"three numbers, half of {config.head_width} together")
     return config
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nano_moca.batch import EncodedRecord, Record
-from nano_moca.config import load_config
 from nano_moca.data import make_record
+from nano_moca.families import load_config
 from nano_moca.files import MocaError
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor

@@ -33,8 +33,9 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nano_moca.checkpoint import load_checkpoint, save_checkpoint
-from nano_moca.config import Config, grow_vocabulary, load_config
+from nano_moca.config import Config, grow_vocabulary
 from nano_moca.distributed import World
+from nano_moca.families import load_config
 from nano_moca.files import MocaError, first_lines, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor

@@ -16,7 +16,8 @@ nothing else may be: if a missing key goes unnoticed, the model runs and its out
 is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
-keeps its part. We save in the first layout, which every reader knows.
+keeps its part. We save in the first layout, which every reader knows; a family that is
+younger than it in its own (`Config.saved_names`).
 
 A checkpoint may come from a stranger, or of a run that diverged: the shards that an
 index names lie in its folder, and weights are floating-point numbers and finite.
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from nano_moca.config import Config
 from nano_moca.distributed import copy_into_shard
+from nano_moca.families import build_model
 from nano_moca.files import MocaError, read_json, regular_file, write_json
 from nano_moca.model import VLM
 
@@ -79,12 +81,11 @@ def our_name(stored: str) -> str | None:
     return stored
 
 
-def stored_name(ours: str) -> str:
+def stored_name(ours: str, config: Config) -> str:
     """The other way round, into the layout that we save."""
     name = ours.replace("patch_embed.", "patch_embed.proj.")
-    if name.startswith("language."):
-        name = "model." + name.removeprefix("language.")
-    return name
+    tower, _, rest = name.partition(".")
+    return f"{config.saved_names.get(tower, tower)}.{rest}"
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -165,7 +166,7 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
             wrong.append(f"{stored} in {file.name} is {dtype}, not one of {', '.join(TRAINED)}")
         found[name] = (file, stored)
 
-    wrong += [f"missing {stored_name(name)}" for name in needed if name not in found]
+    wrong += [f"missing {stored_name(name, model.config)}" for name in needed if name not in found]
     if wrong:
         # The first four say what kind of misfit it is.
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -178,7 +179,7 @@ def empty_model(config: Config, dtype: torch.dtype = torch.float32) -> VLM:
     """A model on the meta device: names and shapes, and no memory yet. Before it
     gets memory, it can be put into another module and divided among the ranks."""
     with torch.device("meta"):
-        return VLM(config).to(dtype)
+        return build_model(config).to(dtype)
 
 
 def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None,
@@ -245,9 +246,9 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
     kernel = (-1, 3, vision.frames, vision.patch, vision.patch)
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if "patch_embed" in name:
+        if name == "visual.patch_embed.weight":
             tensor = tensor.view(kernel)
-        stored[stored_name(name)] = tensor
+        stored[stored_name(name, config)] = tensor
     save_torch_state_dict(stored, folder, max_shard_size=SHARD_SIZE)
 
     # The checkpoint's own config.json, with what may have changed.

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,8 @@ from torch import Tensor
 
 import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
-from nano_moca.config import Config, load_config, parse_config
+from nano_moca.config import Config, parse_config
+from nano_moca.families import load_config
 from nano_moca.model import VLM
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -130,7 +132,8 @@ def test_everything_left_out() -> None:
     assert (config.vocabulary, config.width, config.layers, config.mlp_width) == (
         152064, 8192, 80, 29568)
     assert (config.heads, config.kv_heads, config.head_width) == (64, 8, 128)
-    assert (config.norm_eps, config.rope_theta, config.rope_sections) == (1e-5, 1e6, (16, 24, 24))
+    assert (config.norm_eps, config.rope_theta) == (1e-5, 1e6)
+    assert config.rope_axes == (0,) * 16 + (1,) * 24 + (2,) * 24
     assert not config.tied
     nested = parse_config({**raw, "text_config": {}})
     assert replace(nested, raw={}) == replace(config, raw={})
@@ -202,12 +205,13 @@ def as_transformers_reads(transformers, raw: dict) -> dict:
     """The sizes in transformers' own reading of a config, by our names."""
     config = getattr(transformers, FAMILIES[raw["model_type"]] + "Config")(**deepcopy(raw))
     text, tower = config.text_config, config.vision_config
+    sections = text.rope_parameters.get("mrope_section", (16, 24, 24))
     sizes = {
         "vocabulary": text.vocab_size, "width": text.hidden_size,
         "layers": text.num_hidden_layers, "heads": text.num_attention_heads,
         "kv_heads": text.num_key_value_heads, "mlp_width": text.intermediate_size,
         "norm_eps": text.rms_norm_eps, "rope_theta": text.rope_parameters["rope_theta"],
-        "rope_sections": tuple(text.rope_parameters.get("mrope_section", (16, 24, 24))),
+        "rope_axes": tuple(np.repeat([0, 1, 2], sections).tolist()),
         "tied": config.tie_word_embeddings, "depth": tower.depth, "patch": tower.patch_size,
         "vision_heads": tower.num_heads, "frames": tower.temporal_patch_size,
         "merge": tower.spatial_merge_size, "act": tower.hidden_act}
@@ -232,7 +236,7 @@ def fits_together(sizes: dict) -> bool:
     head_width = sizes["width"] // sizes["heads"]
     named = sizes.get("full_blocks", ())  # the default's may lie beyond the tower
     return (sizes["width"] % sizes["heads"] == 0 and sizes["heads"] % sizes["kv_heads"] == 0
-            and sum(sizes["rope_sections"]) * 2 == head_width
+            and len(sizes["rope_axes"]) * 2 == head_width
             and sizes["out_width"] == sizes["width"]
             and sizes["vision_width"] % (4 * sizes["vision_heads"]) == 0
             and (named == (7, 15, 23, 31) or max(named, default=0) < sizes["depth"]))

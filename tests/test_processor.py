@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.config import load_config
+from nano_moca.families import load_config
 from nano_moca.processor import Processor, smart_resize
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
 from nano_moca.checkpoint import save_model
-from nano_moca.config import grow_vocabulary, load_config, parse_config
+from nano_moca.config import grow_vocabulary, parse_config
 from nano_moca.distributed import World
+from nano_moca.families import load_config
 from nano_moca.processor import Processor
 
 ONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -128,7 +129,7 @@ def test_shards_that_do_not_fit(moca: Moca, tmp_path: Path, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("change, word", [
-    (lambda raw: raw.update(model_type="qwen3_vl"), "model_type"),
+    (lambda raw: raw.update(model_type="qwen3_vl_moe"), "model_type"),
     (lambda raw: raw.pop("model_type"), "model_type"),
     (lambda raw: raw["text_config"].update(use_sliding_window=True), "use_sliding_window"),
     (lambda raw: raw["text_config"].update(hidden_act="gelu"), "hidden_act"),
