@@ -40,7 +40,7 @@ MASK = "<|mask|>"
 RESERVED = ("<|image_pad|>", "<|video_pad|>", MASK)  # refused outside a mark
 TOKEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
              "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-MAX_CHARACTERS = 5_000_000  # of a text: they may cost the tokenizer 2 GB and 10 seconds
+MAX_CHARACTERS = 5_000_000  # of a text: they may cost the tokenizer 4 GB and 10 seconds
 
 # What may be opened; Pillow knows formats that are programs (PostScript) too. And by
 # which words a PNG may say, behind its pixels, how it is turned.
