@@ -59,8 +59,8 @@ SETTINGS: dict[str, tuple | None] = {
     "image_processor_type": ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast",
                              "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")}
 SETTINGS |= dict.fromkeys([
-    "min_pixels", "max_pixels", "image_mean", "image_std", "processor_class", "data_format",
-    "feature_extractor_type", "input_data_format", "default_to_square", "crop_size", "pad_size"])
+    "size", "min_pixels", "max_pixels", "image_mean", "image_std", "processor_class", "crop_size",
+    "pad_size", "data_format", "input_data_format", "default_to_square", "feature_extractor_type"])
 EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 Grid = tuple[int, int, int]  # frames, height and width of an image in patches
 
@@ -172,17 +172,17 @@ def image_settings(content: dict, config: Config, file: str) -> dict:
 
     # As in transformers, what stands beside a size comes before what stands in it.
     settings = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
-    for key, value in (size | content | {"size": None}).items():
+    for key, value in (size | content).items():
         key = EDGES.get(key, key)
         possible = table.get(key, (None, False))  # an unknown key may say that it is off
         if possible and value not in possible:
             raise MocaError(f"{file}: {key} is {value!r} and not {possible[0]!r}, the only way "
                             "that is known here: take the file of this checkpoint")
-        if value is not None or key not in settings:
+        if key != "size" and (value is not None or key not in settings):
             settings[key] = value
 
     low, high = settings["min_pixels"], settings["max_pixels"]
-    if type(low) is not int or type(high) is not int or not 0 < low <= high:
+    if type(low) is not int or type(high) is not int or not 0 < low <= high < 10**9:
         raise MocaError(f"{file}: min_pixels {low!r} and max_pixels {high!r}: correct it, or "
                         "--min-pixels and --max-pixels, to whole numbers above 0 in this order")
     for key, clip, least in (("image_mean", CLIP_MEAN, 0), ("image_std", CLIP_STD, 0.001)):
@@ -197,11 +197,9 @@ def check_text(record: Record) -> None:
     """MocaError for an empty or endless text, for more or fewer marks than images, and
     for tokens of images (or the mask token) outside a mark."""
     source = record.source
-    if len(record.text) > MAX_CHARACTERS:
-        size = f"{len(record.text)} characters, more than {MAX_CHARACTERS}"
-        raise MocaError(f"{source}: the text has {size}: divide it")
-    if not record.text.strip():
-        raise MocaError(f"{source}: the text is empty: give it words or an image mark")
+    if not record.text.strip() or len(record.text) > MAX_CHARACTERS:
+        raise MocaError(f"{source}: the text has {len(record.text)} characters: give one that is "
+                        f"not empty, of at most {MAX_CHARACTERS}")
 
     # Marks and images belong together by their order, so none may be missing.
     marks = record.text.count(MARK)
@@ -385,7 +383,7 @@ class Processor:
         if max_tokens and len(tokens) > max_tokens:
             images_end = np.flatnonzero(tokens == self.image_token).max(initial=-2) + 2
             after = np.isin(tokens[images_end:], self.special_tokens)
-            closing = 1 if after[-1:].any() else 0
+            closing = int(after[-1:].any())
             if after[-2:-1].any() and record.text.endswith("\n"):
                 closing = 2
             needed = images_end + closing

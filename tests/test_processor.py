@@ -218,7 +218,7 @@ def test_defaults_are_the_reference_s(checkpoint: Path) -> None:
     ("image_std", [0, 1, 1]), ("image_std", [-0.5, 0.5, 0.5]), ("image_std", {"a": 1}),
     ("image_std", [1e-30, 1, 1]), ("image_std", "abc"),
     ("min_pixels", "3136"), ("min_pixels", True), ("min_pixels", 0), ("min_pixels", -784),
-    ("min_pixels", 3136.5), ("min_pixels", float("nan")), ("min_pixels", 10**12),
+    ("min_pixels", 3136.5), ("min_pixels", float("nan")), ("min_pixels", 10**12), ("max_pixels", 10**30),
     ("max_pixels", 1e30), ("max_pixels", 28), ("max_pixels", [28224]),
     ("size", 448), ("size", [448, 448]), ("size", {"height": 448, "width": 448}),
     ("size", {"shortest_edge": "56", "longest_edge": 28224}),
@@ -256,7 +256,8 @@ def test_the_file_of_transformers_5(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [{"min_pixels": 0}, {"max_pixels": -5}, {"min_pixels": "56"},
-                                   {"min_pixels": True}, {"min_pixels": 10**9}, {"max_pixels": 1.5}])
+                                   {"min_pixels": True}, {"min_pixels": 10**9},
+                                   {"max_pixels": 1.5}])
 def test_limits_that_are_refused(checkpoint: Path, given: dict) -> None:
     """A limit that a caller gives is checked like the file's, and the flag is named."""
     (name, _), = given.items()
@@ -270,6 +271,7 @@ def test_saved_settings(checkpoint: Path, tmp_path: Path) -> None:
         ours, folder = with_settings(checkpoint, content), tmp_path / "saved"
         folder.mkdir(exist_ok=True)
         ours.save(folder)
+        assert "size" not in json.loads((folder / "preprocessor_config.json").read_text())
         again = Processor.load(folder, ours.config)
         assert (again.min_pixels, again.max_pixels) == (3136, 28224)
         np.testing.assert_array_equal(again.mean, ours.mean)
