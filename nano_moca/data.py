@@ -131,7 +131,8 @@ def make_record(fields: object, folder: Path | None, source: str) -> Record:
     # A file may hold anything: look before using it.
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise MocaError(f'{source}: no "text": write {{"text": "...", "images": [...]}}')
-    images = fields.get("images") or []
+    images = fields.get("images")
+    images = [] if images is None else images
     if not isinstance(images, (list, tuple)):
         raise MocaError(f'{source}: "images" is not a list: write [image, ...]')
 

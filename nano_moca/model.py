@@ -9,8 +9,8 @@ tower, the decoder, the two joined (`VLM`), and stage 1's reconstruction. Who kn
 Qwen-VL may begin at `pool` and `VLM`; all from `PatchDecoder` on is MoCa's.
 The letters of all shapes stand in `__init__.py`. What one does with the hidden states:
 
-- `VLM.greedy` reads them causally and predicts the next token: what the checkpoint was
-  made for.
+- `greedy` in embedder.py has them made causally and predicts the next token: what the
+  checkpoint was made for.
 - `VLM.embed` reads them in both directions and pools each record into one unit vector:
   what MoCa makes of it.
 - `ReconstructionModel` (stage 1) predicts masked tokens with the model's own output
@@ -469,33 +469,6 @@ class VLM(nn.Module):
         """One unit vector per record, [N, D] float32."""
         hidden = self(batch, causal)  # [T, D]
         return F.normalize(pool(hidden, batch, pooling), dim=-1)
-
-    @torch.no_grad()
-    def greedy(self, batch: Batch, steps: int, end: int) -> list[list[int]]:
-        """Continue each record by its likeliest next token, up to `steps` times; the
-        ids, cut before the token `end`. Causal and without a cache."""
-        embeddings = list(self.embed_inputs(batch).split(batch.lengths))  # N x [L, D]
-        positions = list(batch.positions.split(batch.lengths, dim=1))  # N x [3, L]
-        captions: list[list[int]] = [[] for _ in embeddings]
-        for _ in range(steps):
-            # The last hidden state of each record predicts its next token.
-            segments = Segments(tuple(map(len, embeddings)), batch.tokens.device)
-            x = torch.cat(embeddings)  # [T, D]
-            hidden = self.language(x, torch.cat(positions, dim=1), segments, causal=True)
-            last = hidden[segments.offsets[1:].long() - 1]  # [N, D]
-            tokens = (last @ self.head.T).argmax(-1)  # [N]
-            new = self.language.embed_tokens(tokens)  # [N, D]
-
-            # Append it; all three axes go on from the largest position so far.
-            for n, token in enumerate(tokens.tolist()):
-                captions[n].append(token)
-                embeddings[n] = torch.cat([embeddings[n], new[n : n + 1]])
-                after = positions[n].max() + 1
-                positions[n] = torch.cat([positions[n], after.expand(3, 1)], dim=1)
-            if all(end in caption for caption in captions):
-                break
-
-        return [ids[: ids.index(end)] if end in ids else ids for ids in captions]
 
 
 # --- stage 1: reconstruction ----------------------------------------------------------

@@ -51,9 +51,9 @@ Header = list[tuple[str, Path, tuple[int, ...], str]]  # stored name, file, shap
 Found = dict[str, tuple[Path, str]]  # {our name: (file, stored name)}
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, *patterns: str) -> Path:
     """A local folder as it is; a hub id like "Qwen/Qwen2.5-VL-3B-Instruct" as its
-    download. MocaError if it is neither."""
+    download, of all files or those that fit `patterns`. MocaError if it is neither."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -62,7 +62,8 @@ def find_checkpoint(name: str | Path) -> Path:
 
     # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        patterns = patterns or ("*.json", "*.safetensors")
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise MocaError(f"{name} is not a folder, nor on the hub ({reason})") from None
