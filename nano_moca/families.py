@@ -1,11 +1,11 @@
 """Which model a checkpoint is: its config, and the VLM that this config describes.
 
-Qwen2-VL and Qwen2.5-VL are read by config.py and built by model.py. Qwen3-VL has rooms
-of its own, in qwen3/, where only what differs is said; nothing of it is imported unless a
-checkpoint asks for it. Who adds a family adds it here.
+Qwen2-VL and Qwen2.5-VL are read by config.py and built by model.py. Qwen3-VL has
+rooms of its own, in qwen3/, where only what differs is said; nothing of it is imported
+unless a checkpoint asks for it. Who adds a family adds it here.
 
-Left out: mixtures of experts (qwen3_vl_moe), and Qwen3.5, most of whose decoder layers
-hold a recurrent state, which cannot read in both directions.
+Left out: mixtures of experts (qwen3_vl_moe), and Qwen3.5: most of its decoder's
+layers carry a state from left to right, so it cannot read in both directions.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The shape of a Qwen3-VL, read from its `config.json`.
 
-The file is always nested. As in nano_moca/config.py, what it leaves out has the value
-that transformers (5.17) gives it, every value is looked at, and what this code does not
-implement is refused.
+The file is always nested. As in nano_moca/config.py, what it leaves out has the
+value that transformers (5.17) gives it, every value is looked at, and what this code
+does not implement is refused.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from nano_moca.config import DTYPES, Config, Section, VisionConfig
 
-# The numbers in the file, as in nano_moca/config.py: by our names theirs, the value if
-# there is none, and the least and the most that it may be.
+# The numbers in the file, as in nano_moca/config.py: by our names theirs, the value
+# if there is none, and the least and the most that it may be.
 DECODER_NUMBERS = {
     "vocabulary": ("vocab_size", 151936, 1, 10**8),
     "width": ("hidden_size", 4096, 1, 10**5),
@@ -44,7 +44,7 @@ class Qwen3VisionConfig(VisionConfig):
 class Qwen3Config(Config):
     """The decoder's shape, the vision tower's, and the file they were read from."""
 
-    # The family is younger than the older layout: transformers does not read it in that.
+    # The family is younger than the older layout: no transformers reads it in that.
     saved_names = {"language": "model.language_model", "visual": "model.visual"}
 
 
@@ -65,8 +65,8 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
     rope.choice("type", "default")
     rope.choice("mrope_interleaved", True)
 
-    # The three axes take turns (frame, row, column, frame, ...), row and column until they
-    # have as many frequencies as their section says. All slower ones turn with the frame.
+    # The three axes take turns (frame, row, column, frame, ...), row and column until
+    # they have as many frequencies as their section says. The rest are the frame's.
     sections = rope.numbers("mrope_section", (24, 20, 20), 10**5)
     fits = len(sections) == 3 and sum(sections) * 2 == sizes["head_width"]
     rope.check(fits, "mrope_section", f"three numbers, half of {sizes['head_width']} together")

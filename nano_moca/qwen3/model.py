@@ -1,21 +1,21 @@
-"""Qwen3-VL's towers: what differs from Qwen2.5-VL's in ../model.py, which is read first.
+"""Qwen3-VL's towers: what differs from those in nano_moca/model.py, read that first.
 
     vision tower   no windows: in every block a patch sees its whole image
                    patches of 16 x 16 pixels, so 1536 values, embedded with a bias
                    learnt positions, beside the rotary embedding
                    LayerNorm, and an MLP with GELU instead of SwiGLU
                    DeepStack: a few of its blocks put out image tokens too
-    decoder        queries and keys are normed, head by head; q, k and v have no bias
+    decoder        each head of queries and keys is normed; no bias on q, k, v
                    a head's width is in the config, and is not D / H
                    M-RoPE's axes take turns: see `parse_qwen3` in config.py
-                   DeepStack: what those blocks put out is added after the first layers
+                   DeepStack: what those blocks put out enters after early layers
 
 DeepStack (arXiv 2406.04334) has k features for each image token. They come from, say,
-blocks 5, 11 and 17 of the vision tower, and are added to the token's hidden state after
-layers 0, 1 and 2 of the decoder. On the way from one tower to the other a token is
-therefore 1 + k vectors: its embedding and its features, which are zeros for text. (That
-costs the memory of k layers' inputs; in return all code between the towers is the same
-as for Qwen2.5-VL.)
+blocks 5, 11 and 17 of the vision tower, and are added to the token's hidden state
+after layers 0, 1 and 2 of the decoder. On the way from one tower to the other a token
+is therefore 1 + k vectors: its embedding and its features, which are zeros for text.
+(That costs the memory of k layers' inputs; in return all code between the towers is
+the same as for Qwen2.5-VL.)
 
 The parameters have the names of the checkpoints. Left out: video.
 """
@@ -47,8 +47,8 @@ class GeluMLP(nn.Module):
 
 
 class Merger(GeluMLP):
-    """Four patches to one image token, or to one of its features. The former are normed
-    one by one, as in Qwen2.5-VL; the latter together, as one vector."""
+    """Four patches to one image token, or to one of its features. For the former they
+    are normed one by one, as in Qwen2.5-VL; for the latter together, as one vector."""
 
     def __init__(self, config: Qwen3VisionConfig, norm_width: int) -> None:
         group_width = config.merge**2 * config.width
@@ -63,8 +63,8 @@ class Merger(GeluMLP):
 
 
 class VisionTower(qwen2.VisionTower):
-    """Patches of images of any size become image tokens, and their features. (Its blocks
-    have LayerNorm, as Qwen2-VL's.)"""
+    """Patches of images of any size become image tokens, and their features. (The
+    blocks' norm is LayerNorm, as in Qwen2-VL: see `vision_norm`.)"""
 
     def __init__(self, config: Qwen3VisionConfig) -> None:
         super().__init__(config)
