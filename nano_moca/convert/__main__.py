@@ -1,42 +1,36 @@
-"""`python -m nano_moca.convert SOURCE ... --output FOLDER`: published pairs to ours.
+"""`python -m nano_moca.convert`: published pairs become JSON lines of ours.
 
-A source holds a folder for each subset, with parquet files of these columns:
+--data holds a folder for each subset, with parquet files of these columns:
 
     qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path
 
-The last two may be absent; they hold one text or path, or a Python list of them, which
-is parsed and never run. What is written, and can be given to train_cl.py as --data:
+The last two may be absent; they hold a text or path, or a Python list of them, which is
+parsed and never run. --output, which train_cl.py takes as --data, will hold
 
-    FOLDER/<subset>.jsonl    the pairs, with instructions and line ends as they are
-    FOLDER/images/           links to the folders in --images, and what its archives held
+    <subset>.jsonl    the pairs, instructions and line ends as they are
+    images/           what the archives in --images held, and links to the rest of it
 
-"<|image_1|>" becomes our mark where an image is, and goes where none is. A negative
-without a text takes the first text of the others, or else the positive's (as released).
-A row that cannot be used stops everything, or is skipped and listed; FOLDER appears when
-all is done. Memory stays small; the disk holds what is unpacked beside its archive.
+"<|image_1|>" becomes our mark where there is an image, and goes where there is none. A
+negative without a text takes the first text of the others, or else the positive's (as
+released). --output appears when all is done. The disk has to have room for what is
+unpacked; memory grows with nothing but the names in an archive.
 """
 
-import argparse
 import ast
 import json
 import os
 import shutil
-import stat
-import tarfile
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
 
 from nano_moca.batch import KINDS, MARK
 from nano_moca.convert.sources import find_files
 from nano_moca.convert.tables import ParquetRows
-from nano_moca.data import find_image
+from nano_moca.data import find_image, split_sources
 from nano_moca.files import MocaError, fresh_folder, read_json, reason, replace_folder, writing
-from nano_moca.flags import Parser, main_guard
+from nano_moca.flags import flag, main_guard, parse_flags
 
 LONG = "visrag_ind visrag_syn tevatron_colpali TAT-DQA ArxivQA"
 SHORT = (
@@ -45,92 +39,68 @@ SHORT = (
     "CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA MSCOCO")
 SUBSETS = dict.fromkeys(LONG.split(), KINDS[0]) | dict.fromkeys(SHORT.split(), KINDS[1])
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
-COPIES = ("original", "diverse_instruction", "train")  # of the same pairs, the best first
+COPIES = ("original", "diverse_instruction", "train")  # of the same pairs: the best first
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
 IMAGE = "<|image_1|>"
-MOST_CHARACTERS = 2**20  # of a list of negatives
-MOST_BYTES = 2**28  # of an image in an archive
+MOST_CHARACTERS = 2**20  # of a list of negatives: the parser takes many times its size
+
+
+@dataclass
+class Flags:
+    """What the command takes."""
+
+    data: str = flag("", "a folder of subsets, or of one; several: a,b")
+    output: str = flag("pairs", "the folder to make")
+    images: str = flag(None, "zip or tar files, folders of them, or images/ itself; several: a,b")
+    kinds: str = flag(None, 'JSON file {"subset": "image-text", ...}, for subsets beyond the table')
+    on_error: str = flag("stop", "what to do with an unusable row", choices=("stop", "skip"))
 
 
 # --- images -----------------------------------------------------------------------
 
 
-def members(archive: Path) -> Iterator[tuple[str, int, IO[bytes] | None]]:
-    """(name, size, content) of all that a zip or tar file holds but folders; the content
-    is None if it is no ordinary file."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as zipped:
-            for entry in zipped.infolist():
-                if not entry.is_dir():
-                    link = stat.S_ISLNK(entry.external_attr >> 16)
-                    with zipped.open(entry) as content:
-                        yield entry.filename, entry.file_size, None if link else content
-        return
+def gather_images(places: list[str], folder: Path) -> None:
+    """Fill the folder with what archives hold, and with links to what folders hold."""
+    entries: list[Path] = []
+    for place in map(Path, places):
+        entries += place.iterdir() if place.is_dir() else [place]
 
-    # A stream, of which nothing is remembered.
-    with tarfile.open(archive, "r|*") as tarred:
-        for entry in tarred:
-            tarred.members = []
-            if not entry.isdir():
-                content = tarred.extractfile(entry) if entry.isreg() else None
-                yield entry.name, entry.size, content
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Write the files of an archive into `folder`/images, and nowhere else."""
-    try:
-        for name, size, content in members(archive):
-            # It may be written through no link, to another folder of the user's.
-            path = find_image(f"images/{name.removeprefix('images/')}", folder, str(archive))
-            inside = Path(os.path.realpath(path)).is_relative_to(folder.resolve())
-            if content is None or size > MOST_BYTES or not inside:
-                raise MocaError(f"{archive}: {name} is no ordinary file, is larger than "
-                                f"{MOST_BYTES} bytes, or is in --images twice: take it out")
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "xb") as file:
-                    shutil.copyfileobj(content, file)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error
-            ) as error:
-        raise MocaError(f"{archive} cannot be unpacked ({reason(error)}): copy it again") from None
-
-
-def gather_images(places: list[Path], folder: Path) -> None:
-    """Make `folder`/images of folders, which are linked, and archives."""
-    (folder / "images").mkdir()
-    for place in places:
-        if not place.is_dir():
-            unpack(place, folder)
+    # The archives first: nothing is unpacked through a link, into a folder of the user's.
+    # Python's "data" filter, and its reader of zip files, write only inside the folder.
+    for entry in sorted(entries, key=lambda entry: (entry.suffix not in ARCHIVES, entry)):
+        if entry.suffix not in ARCHIVES:
+            with writing(folder / entry.name):
+                (folder / entry.name).symlink_to(entry.absolute())
             continue
-        inner = place / "images" if (place / "images").is_dir() else place
-        for entry in sorted(inner.iterdir()):
-            with writing(folder / "images" / entry.name):
-                (folder / "images" / entry.name).symlink_to(os.path.abspath(entry))
+        try:
+            safely = {} if entry.suffix == ".zip" else {"filter": "data"}
+            shutil.unpack_archive(entry, folder, **safely)
+        except Exception as error:  # of as many kinds as there are formats
+            raise MocaError(f"{entry} cannot be unpacked ({reason(error)}): copy it again, or "
+                            "make room on the disk") from None
 
 
 # --- pairs ------------------------------------------------------------------------
 
 
-def find_subsets(sources: list[Path]) -> dict[str, list[Path]]:
-    """{subset: its parquet files}; of several copies of the same pairs the first of
-    COPIES, and a line says which were left out."""
-    folders: dict[str, list[Path]] = {}
+def find_subsets(sources: list[str]) -> dict[str, list[Path]]:
+    """{subset: its parquet files}. Of several copies of the same pairs, the first of
+    COPIES; a line says which were left out."""
+    folders: dict[Path, list[Path]] = {}
     for source in sources:
-        for file in find_files(source, "*.parquet", [".parquet"]):
-            folders.setdefault(os.path.abspath(file.parent), []).append(file)
+        for file in find_files(Path(source), "*", (".parquet",)):
+            folders.setdefault(file.absolute().parent, []).append(file)
 
     subsets: dict[str, list[Path]] = {}
     for folder, files in folders.items():
-        for copy in COPIES:
-            chosen = [file for file in files if file.name.startswith(copy)]
-            if chosen:
-                break
-        subset = Path(folder).name
-        if subset in subsets:
-            raise MocaError(f"{folder}: another folder is called {subset} too: give one of them")
-        subsets[subset] = chosen or files
-        left = sorted({*files} - {*subsets[subset]})
-        if left:
-            print(f"{folder}: copies of the same pairs are left out:", *(f.name for f in left))
+        chosen = files
+        for copy in reversed(COPIES):
+            chosen = [file for file in files if file.name.startswith(copy)] or chosen
+        for file in sorted({*files} - {*chosen}):
+            print(f"{file} is left out: a copy of the pairs in {chosen[0].name}")
+        if folder.name in subsets:
+            raise MocaError(f"{folder}: another folder has this name too: give one of them")
+        subsets[folder.name] = chosen
     return subsets
 
 
@@ -140,8 +110,6 @@ def read_list(value: object, source: str) -> list[str]:
         written = value.strip()
         if not (written.startswith("[") and written.endswith("]")):
             return [value]
-
-        # The parser takes many times a text's size in memory.
         try:
             value = ast.literal_eval(written) if len(written) < MOST_CHARACTERS else "too long"
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -156,6 +124,8 @@ def make_side(text: str | None, path: str | None, folder: Path, source: str) -> 
     """A text and the path of its image, if it has one, as a record of ours."""
     # An image whose place nobody says stands in front.
     text, path = text or "", path or ""
+    if not isinstance(text, str) or not isinstance(path, str):
+        raise MocaError(f"{source}: a text or path is none: correct the row")
     if path and IMAGE not in text:
         text = IMAGE + text
     text = text.replace(IMAGE, MARK if path else "")
@@ -164,10 +134,12 @@ def make_side(text: str | None, path: str | None, folder: Path, source: str) -> 
     if not path:
         return {"text": text}
 
-    path = f"images/{path.removeprefix('images/')}"
-    if not find_image(path, folder, source).is_file():
-        raise MocaError(f"{source}: {path} is missing: name its folder or archive in --images")
-    return {"text": text, "images": [path]}
+    # An archive may hold the folder images/ too.
+    inner = path.removeprefix("images/")
+    for outer in ("images", "images/images"):
+        if find_image(inner, folder / outer, source).is_file():
+            return {"text": text, "images": [f"{outer}/{inner}"]}
+    raise MocaError(f"{source}: {path} is missing: name its folder or archive in --images")
 
 
 def make_line(fields: dict, folder: Path, source: str) -> dict:
@@ -187,12 +159,10 @@ def make_line(fields: dict, folder: Path, source: str) -> dict:
 def write_subset(name: str, kind: str, files: list[Path], folder: Path, skip: bool) -> None:
     """Write `folder`/<name>.jsonl, and say how many pairs it has."""
     written, skipped = 0, 0
-    with (open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines,
-          open(folder / "skipped.jsonl", "a", encoding="utf-8") as reasons):
-        for file in files:
-            rows = ParquetRows(file, COLUMNS)
+    with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines:
+        for rows in (ParquetRows(file, COLUMNS) for file in files):
             if not {*COLUMNS[:4]} <= {*rows.names}:
-                raise MocaError(f"{file} lacks a column of {', '.join(COLUMNS[:4])}: take it away")
+                raise MocaError(f"{rows.path} lacks a column of {COLUMNS[:4]}: take it away")
             for index in range(len(rows)):
                 try:
                     fields, _, source = rows[index]
@@ -202,46 +172,35 @@ def write_subset(name: str, kind: str, files: list[Path], folder: Path, skip: bo
                 except MocaError as error:
                     if not skip:
                         raise
+                    print(f"skipped: {error}")
                     skipped += 1
-                    reasons.write(json.dumps({"count": skipped, "reason": str(error)}) + "\n")
     print(f"{name}: {written} pairs of kind {kind}, {skipped} rows skipped", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Read the flags; convert all subsets, or none."""
-    parser = Parser(prog="nano_moca.convert", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE",
-                        help="a folder of subsets, or of one")
-    parser.add_argument("--output", required=True, type=Path, help="the folder to make")
-    parser.add_argument("--images", nargs="*", type=Path, default=[], metavar="PLACE",
-                        help="folders, zip and tar files that hold images/ or what is in it")
-    parser.add_argument("--kinds", type=Path, help='JSON {"subset": "image-text", ...}: kinds '
-                        "of subsets that are not in the table, or other ones")
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                        help="what to do with an unusable row")
-    args = parser.parse_args(argv)
-
-    # Nothing is guessed, and nothing replaced.
-    kinds = SUBSETS | (read_json(args.kinds) if args.kinds else {})
-    subsets = find_subsets(args.sources)
+def convert(flags: Flags) -> None:
+    """Convert all subsets, or none."""
+    # Nothing is guessed.
+    kinds = SUBSETS | (read_json(Path(flags.kinds)) if flags.kinds else {})
+    subsets = find_subsets(split_sources(flags.data))
     for name in subsets:
         if kinds.get(name) not in KINDS:
-            raise MocaError(f"--kinds: {name} has no kind: give a JSON file of "
-                            f'{{"{name}": one of {", ".join(KINDS)}}}')
-    if args.output.exists() or not subsets:
-        raise MocaError(f"--output {args.output} exists, or no SOURCE holds parquet files: give "
-                        "a new folder, and the data")
+            raise MocaError(f"--kinds: nobody says which kind {name} is: give a JSON file of "
+                            f'{{"{name}": "{KINDS[1]}"}}; there are {", ".join(KINDS)}')
 
-    # A row that is not escaped by Python's rules is read all the same, without a word.
-    warnings.simplefilter("ignore", SyntaxWarning)
-    with writing(args.output):
-        folder = fresh_folder(args.output)
-        gather_images(args.images, folder)
+    # And nothing is replaced.
+    output = Path(flags.output)
+    if output.exists() or not subsets:
+        raise MocaError(f"--output {output} exists, or --data {flags.data} holds no parquet "
+                        "file: give another folder")
+    warnings.simplefilter("ignore")  # of lists with a backslash that escapes nothing
+    with writing(output):
+        folder = fresh_folder(output)
+        (folder / "images").mkdir()
+        gather_images(split_sources(flags.images) if flags.images else [], folder / "images")
         for name, files in subsets.items():
-            write_subset(name, kinds[name], files, folder, args.on_error == "skip")
-        replace_folder(args.output)
+            write_subset(name, kinds[name], files, folder, flags.on_error == "skip")
+        replace_folder(output)
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(lambda: convert(parse_flags(Flags, None, __doc__)))
