@@ -190,7 +190,8 @@ def test_a_list_is_parsed_and_never_run(tmp_path: Path, pictures: Path,
     """What is no list of texts is refused with file and row, or skipped and counted."""
     proof = tmp_path / "proof"
     hostile = [f"[open({str(proof)!r}, 'w')]", f"[__import__('os').system('touch {proof}')]",
-               "[1, 2]", "['a' for a in 'b']", "[" * 500 + "]" * 500, "['a', ['b']]", "[unclosed, ]",
+               "[1, 2]", "['a' for a in 'b']", "[" * 500 + "]" * 500, 
+               "['a', ['b']]", "[unclosed, ]",
                "['" + "a" * 2**20 + "']", "[-" + "-" * 10000 + "1]", "['\0']"]
     for text in hostile:
         with pytest.raises(MocaError, match="row 7"):

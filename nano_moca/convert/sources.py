@@ -12,7 +12,7 @@ from nano_moca.files import MocaError, reason, regular_file
 
 NO_DATA = (".*", "~*", "cache-*.arrow")  # hidden; of an editor; what `datasets` computed
 LOGS = {"log.jsonl": b'{"step": ', "skipped.jsonl": b'{"count": '}  # how a run's begin
-SIDE_BY_SIDE = 8  # groups of rows that are read at the same time
+MEMORY = 2**28  # of the groups of rows that are read at the same time
 
 
 # --- folders ----------------------------------------------------------------------
@@ -72,38 +72,49 @@ def identity(path: str | Path) -> tuple:
 
 
 def pieces_of(rows: Sequence) -> np.ndarray:
-    """[2, pieces] int64: the pieces in which rows are best read, one after the other; of
-    each its number of rows, and its group, from 0. The pieces of a group are read in
-    order, and those of several groups side by side."""
+    """[3, pieces] int64: the pieces in which rows are best read, one after the other; of
+    each its number of rows, its group, from 0, and the group's bytes. The pieces of a
+    group are read in order, and those of several groups side by side."""
     if isinstance(rows, ConcatDataset):
-        joined = np.zeros((2, 0), int)
+        joined = np.zeros((3, 0), int)
         for part in rows.datasets:
             before = joined[1].max(initial=-1) + 1
-            joined = np.concatenate([joined, pieces_of(part) + [[0], [before]]], 1)
+            joined = np.concatenate([joined, pieces_of(part) + [[0], [before], [0]]], 1)
         return joined
 
     # Some of other rows: what is left of each piece.
     if hasattr(rows, "stored"):
-        lengths, groups = pieces_of(rows.stored)
+        lengths, groups, sizes = pieces_of(rows.stored)
         lengths = np.diff(np.searchsorted(rows.numbers, lengths.cumsum()), prepend=0)
-        _, groups = np.unique(groups[lengths > 0], return_inverse=True)
-        return np.stack([lengths[lengths > 0], groups])
+        left = lengths > 0
+        _, groups = np.unique(groups[left], return_inverse=True)
+        return np.stack([lengths[left], groups, sizes[left]])
 
     # Those that can be read in any order go with the others.
     if hasattr(rows, "pieces"):
         return rows.pieces
     lengths = np.diff(np.r_[0 : len(rows) : 1000, len(rows)])
-    return np.stack([lengths, np.arange(len(lengths))])
+    return np.stack([lengths, np.arange(len(lengths)), np.zeros(len(lengths), int)])
+
+
+def cost(size: int | np.ndarray) -> float | np.ndarray:
+    """The share of MEMORY that a group of `size` bytes takes: at least an eighth, so that
+    no more files are open; at most all of it, for a larger one is read by pages."""
+    return np.clip(size / MEMORY, 1 / 8, 1)
 
 
 def side_by_side(rows: Sequence, generator: np.random.Generator) -> np.ndarray:
     """[N] int64, a random order of N rows in groups: the groups follow each other in
-    random order, eight at a time; and of these the first pieces, shuffled among
-    themselves, then the second ones, and so on."""
-    lengths, groups = pieces_of(rows)
-    turns = np.arange(len(groups)) - np.searchsorted(groups, groups)  # of a piece in its group
-    places = generator.permutation(groups.max() + 1)[groups]
-    windows = places // SIDE_BY_SIDE * (turns.max() + 1) + turns
+    random order, in bunches that fit into MEMORY; of a bunch come all first pieces, their
+    rows shuffled, then all second ones, and so on."""
+    lengths, groups, sizes = pieces_of(rows)
+    _, first = np.unique(groups, return_index=True)
+    turns = np.arange(len(groups)) - first[groups]  # of a piece in its group
+
+    order = generator.permutation(len(first))
+    bunches = np.empty(len(first), int)
+    bunches[order] = cost(sizes[first][order]).cumsum()
+    windows = bunches[groups] * (turns.max() + 1) + turns
     return np.lexsort((generator.random(len(rows)), windows.repeat(lengths)))
 
 
@@ -116,9 +127,9 @@ def sample(rows: Sequence, cap: int, key: tuple[int, ...]) -> np.ndarray:
     # To read some rows of a group costs as much as all: take the first groups of a random
     # order that hold enough.
     if getattr(rows, "grouped", False):
-        lengths, groups = pieces_of(rows)
-        sizes = np.bincount(groups, lengths)
-        order = generator.permutation(len(sizes))
-        taken = order[: np.searchsorted(sizes[order].cumsum(), cap) + 1]
+        lengths, groups, _ = pieces_of(rows)
+        members = np.bincount(groups, lengths)
+        order = generator.permutation(len(members))
+        taken = order[: np.searchsorted(members[order].cumsum(), cap) + 1]
         numbers = np.flatnonzero(np.isin(groups, taken).repeat(lengths))
     return np.sort(generator.choice(numbers, min(cap, len(numbers)), replace=False))

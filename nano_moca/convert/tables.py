@@ -2,24 +2,27 @@
 
 An Arrow file is mapped: a row is read where it lies. A parquet file is compressed in row
 groups, and a row costs all those before it in its group. So a group is read from its
-beginning to its end, in pieces of some 16 MB, and of the groups last used the piece last
-read is kept. Whoever takes rows in the order of `sources.side_by_side` reads each piece
-once (thousands of rows per second); in random order there would be some tens.
+beginning to its end, in pieces of at most 64 MB, and of the groups last used the piece
+last read is kept. Whoever takes rows in the order of `sources.side_by_side` reads each
+piece once (thousands of rows per second); in random order there would be some tens.
+
+How much a group takes is the writer's choice: pyarrow makes one page of up to 1,024
+rows, which cannot be read in parts. So a group may take twice its unpacked size.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from nano_moca.convert.sources import SIDE_BY_SIDE
+from nano_moca.convert.sources import cost
 from nano_moca.files import MocaError, reason
 
-PIECE_BYTES = 2**24
+PIECE_BYTES = 2**26
 PIECE_ROWS = 1024  # at most: of equal values a file holds, and counts, only one
 # Raised for damaged content, for values that Python has no type for, for want of memory.
 UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, TypeError, ArithmeticError,
@@ -41,7 +44,7 @@ class TableRows(Sequence):
             table, place = self.find(index)
             fields = {name: table.column(name)[place].as_py() for name in self.names}
         except UNREADABLE as error:
-            open_group.cache_clear()
+            OPEN.clear()
             what = " ".join(reason(error).split())
             raise MocaError(f"{source} cannot be read ({what}): copy or write the file "
                             "again") from None
@@ -89,13 +92,13 @@ class ParquetRows(TableRows):
         self.ends = rows.cumsum()
 
         # How many rows a piece has, in each group; and `pieces`: see `sources.pieces_of`.
-        size = np.array([group.total_byte_size for group in groups], int)
-        self.piece_rows = np.clip(PIECE_BYTES * rows // np.maximum(size, 1), 1, PIECE_ROWS)
-        pieces = []
+        self.sizes = np.array([group.total_byte_size for group in groups], int)
+        self.piece_rows = np.clip(PIECE_BYTES * rows // np.maximum(self.sizes, 1), 1, PIECE_ROWS)
+        self.pieces = np.zeros((3, 0), int)
         for number, (count, most) in enumerate(zip(rows, self.piece_rows, strict=True)):
             lengths = np.diff(np.r_[0:count:most, count])
-            pieces.append(np.stack([lengths, np.full(len(lengths), number)]))
-        self.pieces = np.concatenate([np.zeros((2, 0), int), *pieces], 1)
+            same = np.full((2, len(lengths)), [[number], [self.sizes[number]]])
+            self.pieces = np.concatenate([self.pieces, [lengths, *same]], 1)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -136,7 +139,17 @@ class OpenGroup:
         return self.last
 
 
-@lru_cache(maxsize=SIDE_BY_SIDE)
+OPEN: OrderedDict[tuple[ParquetRows, int], OpenGroup] = OrderedDict()  # the last used is last
+
+
 def open_group(rows: ParquetRows, group: int) -> OpenGroup:
     """A group, as it was left if it was used lately."""
-    return OpenGroup(rows, group)
+    key = (rows, group)
+    if key not in OPEN:
+        OPEN[key] = OpenGroup(rows, group)
+
+        # At most what two bunches of `sources.side_by_side` may take.
+        while sum(cost(rows.sizes[group]) for rows, group in OPEN) > 2:
+            OPEN.popitem(last=False)
+    OPEN.move_to_end(key)
+    return OPEN[key]
