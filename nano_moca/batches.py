@@ -23,7 +23,6 @@ src/trainer.py:10-18.)
 import heapq
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -376,13 +375,8 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
     Only the pairs of this step are looked at, and images are equal by path, bytes or
     pixels (see `record_key`).
     """
-    # All right answers that the step gives for a query.
+    query_keys = [record_key(pair.query) for pair in pairs]  # B
     positive_keys = [record_key(pair.positive) for pair in pairs]  # B
-    query_keys = [record_key(pair.query) for pair in pairs]
-    answers: dict[tuple, set[tuple]] = defaultdict(set)
-    for query, positive in zip(query_keys, positive_keys, strict=True):
-        answers[query].add(positive)
-
     negative_keys = []  # M of (the pair it belongs to, key)
     for own in local_index:
         for negative in pairs[own].negatives:
@@ -390,8 +384,13 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
 
     excluded = []
     for own in local_index:
-        # Positives: right answers that other pairs give.
-        right = answers[query_keys[own]]
+        # Its right answers, each by a pair with the same query.
+        right = set()
+        for query, positive in zip(query_keys, positive_keys, strict=True):
+            if query == query_keys[own]:
+                right.add(positive)
+
+        # Positives: those of other pairs that are right as well.
         for other, key in enumerate(positive_keys):
             excluded.append(other != own and key in right)
 

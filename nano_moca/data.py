@@ -238,17 +238,27 @@ def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Recor
     each source, the same in every epoch.
     """
     # What belongs to the built-in data is imported only for it.
-    name, _, split = path.partition(":")
-    if name == BUILTIN:
+    split = builtin_split(path, cap)
+    if split is not None:
         from nano_moca.builtin.tasks import BuiltinRecords
 
-        return BuiltinRecords(split or "train", seed)
+        return BuiltinRecords(split, seed)
     parts = []
     for number, source in enumerate(split_sources(path)):
         stored = open_rows(source, columns=("text", "images"))
         rows = LazyRows(stored, range(len(stored)), make_record)
         parts.append(rows.sample(cap, seed, number))
     return Joined(parts)
+
+
+def builtin_split(path: str, cap: int | None) -> str | None:
+    """The split in "builtin:split"; None if the path is one of files."""
+    name, _, split = path.partition(":")
+    if name != BUILTIN:
+        return None
+    if cap is not None:
+        raise MocaError(f"--cap is for files, and not for --data {path}: leave it out")
+    return split or "train"
 
 
 def split_sources(path: str) -> list[str]:
@@ -309,11 +319,11 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
     is given: at most so many pairs of each task, the same in every epoch.
     """
     # What belongs to the built-in data is imported only for it.
-    name, _, split = path.partition(":")
-    if name == BUILTIN:
+    split = builtin_split(path, cap)
+    if split is not None:
         from nano_moca.builtin.tasks import builtin_tasks
 
-        return builtin_tasks(split or "train", seed)
+        return builtin_tasks(split, seed)
 
     # Each row is parsed once for its task, and again whenever its pair is asked for.
     columns = ("task", "kind", "query", "positive", "negatives")

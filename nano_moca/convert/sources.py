@@ -12,7 +12,7 @@ from nano_moca.files import MocaError, reason, regular_file
 
 NO_DATA = (".*", "~*", "cache-*.arrow")  # hidden; of an editor; what `datasets` computed
 LOGS = {"log.jsonl": b'{"step": ', "skipped.jsonl": b'{"count": '}  # how a run's begin
-MEMORY = 2**28  # of the groups of rows that are read at the same time
+MEMORY = 2**27  # of the groups of rows that are read at the same time
 
 
 # --- folders ----------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 An Arrow file is mapped: a row is read where it lies. A parquet file is compressed in row
 groups, and a row costs all those before it in its group. So a group is read from its
-beginning to its end, in pieces of at most 64 MB, and of the groups last used the piece
+beginning to its end, in pieces of some 32 MB, and of the groups last used the piece
 last read is kept. Whoever takes rows in the order of `sources.side_by_side` reads each
 piece once (thousands of rows per second); in random order there would be some tens.
 
@@ -22,7 +22,7 @@ from pyarrow.parquet import ParquetFile
 from nano_moca.convert.sources import cost
 from nano_moca.files import MocaError, reason
 
-PIECE_BYTES = 2**26
+PIECE_BYTES = 2**25
 PIECE_ROWS = 1024  # at most: of equal values a file holds, and counts, only one
 # Raised for damaged content, for values that Python has no type for, for want of memory.
 UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, TypeError, ArithmeticError,
