@@ -28,7 +28,7 @@ from nano_moca.batch import KINDS, EncodedRecord, Pair
 from nano_moca.batches import PairBatches, prefetch
 from nano_moca.checkpoint import save_model
 from nano_moca.config import BASE
-from nano_moca.data import load_tasks
+from nano_moca.data import Joined, load_tasks
 from nano_moca.distributed import init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
@@ -41,7 +41,6 @@ from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
 from nano_moca.weights import empty_model, load_weights
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
 
@@ -53,7 +52,7 @@ class Flags(CommonFlags):
 
     model: str = flag(str(STAGE_1 if STAGE_1.is_dir() else BASE), "a folder or a hub id: "
                       "stage 1's output, or the nano base if there is none")
-    data: str = flag("builtin", ".jsonl or .parquet file of pairs, or a folder of them")
+    data: str = flag("builtin", ".jsonl, .parquet or .arrow file of pairs, a folder, or several")
     output: str = flag("runs/cl", "folder for log, checkpoint, model and pictures")
     steps: int = flag(300, "optimiser steps", low=1)
     learning_rate: float = flag(1e-3, "peak value; 2e-5 for 3B and 7B", low=0, high=1)
@@ -72,12 +71,12 @@ class Flags(CommonFlags):
 
 def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequence[Pair]]:
     """The tasks that the flags ask for; with --task-batches off, all in one."""
-    tasks = load_tasks(flags.data, flags.seed, unusable)
+    tasks = load_tasks(flags.data, flags.seed, unusable, flags.cap)
     tasks = {name: task for name, task in tasks.items() if task.kind != flags.without}
     if not tasks:
         raise MocaError(f"{flags.data} holds no pairs to learn from: see --data and --without")
     if flags.task_batches == "off":
-        return {"mixed": ConcatDataset(tasks.values())}
+        return {"mixed": Joined(tasks.values())}
     return tasks
 
 

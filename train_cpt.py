@@ -99,7 +99,7 @@ def train(flags: Flags) -> None:
     vlm.set_checkpointing(flags.checkpointing)
 
     # The data: every rank draws the same records, and takes its share of each step.
-    records = load_records(flags.data, flags.seed)
+    records = load_records(flags.data, flags.seed, flags.cap)
     skipped = skip_list(flags, world)
     batches = TokenBatches(
         records, processor, flags.batch_tokens, flags.max_tokens, flags.seed,

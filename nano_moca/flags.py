@@ -47,7 +47,8 @@ class CommonFlags:
 
     # What is read and written.
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
-    data: str = flag("builtin", ".jsonl or .parquet file, or a folder of them")
+    data: str = flag("builtin", ".jsonl, .parquet or .arrow file, a folder, or several: a,b")
+    cap: int = flag(None, "at most so many rows of each in --data (stage 2: of each task)", low=1)
     processor: str = flag(None, "checkpoint whose tokenizer and image processor to take "
                           "(default: --model's)")
     allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
