@@ -119,6 +119,7 @@ class Processor:
         file, for errors. MocaError if they do not belong together."""
         self.tokenizer = tokenizer
         self.config = config
+        self.source = source
         self.image = dict(image)
 
         # The limits of an image's area, in pixels; newer files call them a size.
