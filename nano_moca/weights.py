@@ -37,6 +37,7 @@ LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
 EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SHARD_SIZE = "5GB"
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # of a checkpoint on the hub
 Header = dict[str, tuple[Path, tuple[int, ...]]]  # {stored name: (file, shape)}
 
 
@@ -51,7 +52,7 @@ def find_checkpoint(name: str | Path) -> Path:
 
     # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED))
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise MocaError(f"{name} is not a folder, nor on the hub ({reason})") from None

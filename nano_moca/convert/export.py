@@ -1,16 +1,16 @@
 """What a saved model says of itself to other tools.
 
-Without a word of it, they open a bidirectional model as a causal one, and compute other
-vectors. So beside the weights lie
+If it said nothing, they would open a bidirectional model as a causal one, and compute
+other vectors. So beside the weights lie
 
-    config.json          in the nested form of transformers 4.52 and later, whose
-                         text_config holds `is_causal`: transformers from 5.2 on obeys it
+    config.json          nested, as transformers from 4.52 on reads it: text_config says
+                         `is_causal`, which from 5.4 on it obeys
     modules.json, ...    the steps by which sentence-transformers 6 comes to our vectors
     tokenizer_config.json, generation_config.json, chat template, ...
                          the starting checkpoint's own, with the mask token added
 
-Left out: the flat form of config.json, which transformers before 4.52 reads, and which
-cannot say that a model is bidirectional.
+Left out: the flat config.json that transformers before 4.52 needs. Neither it nor those
+versions know of bidirectional attention.
 """
 
 import shutil
