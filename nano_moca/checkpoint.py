@@ -129,10 +129,13 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
 
     # Beside the old model, and renamed when it is complete.
     if world.main:
+        from nano_moca.convert.export import write_companions  # stands beside the road
+
         with writing(folder):
             fresh = fresh_folder(folder)
             save_weights(fresh, tensors, vlm.config, trained_with)
             processor.save(fresh)
+            write_companions(fresh, processor)
 
             # A report on the old model would be taken for one on this one.
             for name in REPORT:

@@ -223,6 +223,7 @@ class Processor:
         for errors. MocaError if they do not belong to the model."""
         self.tokenizer = tokenizer
         self.config = config
+        self.source = source
         self.image = image_settings(image, config, image_source)
         self.min_pixels = self.image["min_pixels"]
         self.max_pixels = self.image["max_pixels"]

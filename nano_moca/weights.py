@@ -46,6 +46,8 @@ LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
 EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SHARD_SIZE = "5GB"
+# Of a checkpoint on the hub.
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 TRAINED = ("F64", "F32", "F16", "BF16")  # the types that training gives, as files call them
 Header = list[tuple[str, Path, tuple[int, ...], str]]  # stored name, file, shape, type
 Found = dict[str, tuple[Path, str]]  # {our name: (file, stored name)}
@@ -62,7 +64,7 @@ def find_checkpoint(name: str | Path, *patterns: str) -> Path:
 
     # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
-        patterns = patterns or ("*.json", "*.safetensors")
+        patterns = patterns or DOWNLOADED
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -182,7 +182,7 @@ def test_no_folder(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_hub_id(golden: Path, moca: Moca, monkeypatch) -> None:
-    """A hub id is downloaded, JSON and safetensors only, and loaded like a folder."""
+    """A hub id is downloaded, without what is no part of a model, and loaded like a folder."""
     asked = {}
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -191,7 +191,7 @@ def test_hub_id(golden: Path, moca: Moca, monkeypatch) -> None:
 
     monkeypatch.setattr(weights, "snapshot_download", download)
     assert equal_models(nano_moca.load("owner/name", "cpu"), moca)
-    assert asked == {"owner/name": ["*.json", "*.safetensors"]}
+    assert asked == {"owner/name": ["*.json", "*.safetensors", "*.jinja", "merges.txt"]}
 
 
 def test_wrong_choices(golden: Path) -> None:
@@ -263,7 +263,8 @@ def test_saving_over_an_older_model(moca: Moca, tmp_path: Path, monkeypatch) -> 
     monkeypatch.undo()
     save_model(index.parent, ONE, moca.model, moca.processor)
     assert {file.name for file in index.parent.iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
+        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json", "modules.json", "sentence_bert_config.json", "1_Pooling"}
 
 
 def test_saved_with_what_it_was_trained_with(moca: Moca, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     tables.py      rows of parquet and Arrow files, of which little is ever in memory
     sources.py     the files of data in a folder; samples; an order for grouped rows
+    export.py      what a saved model says of itself to transformers and others
     __main__.py    `python -m nano_moca.convert`: published pairs to our JSON lines
 
 Data of stage 2 is published with other columns than ours (MoCa-CL-Pairs, mmE5-synthetic,
