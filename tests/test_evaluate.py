@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import nano_moca
-from nano_moca import MARK, Moca, MocaError
+from nano_moca import MARK, Moca, MocaError, Record
+from nano_moca.evaluate import __main__ as main_module
+from nano_moca.evaluate import vectors
 from nano_moca.evaluate.__main__ import main
 from nano_moca.evaluate.vectors import AT_ONCE
 
@@ -82,6 +88,171 @@ def test_dtype_and_pixel_limits_change_what_is_computed(folder: Path):
     assert 1e-6 < np.abs(plain - half).max() < 0.05
     assert np.abs(np.linalg.norm(half, axis=1) - 1).max() < 1e-6
     assert np.abs(plain - larger).max() > 1e-4 and np.abs(plain - smaller).max() > 1e-4
+
+
+def test_a_longer_text_is_shortened_to_the_limit_that_is_asked_for(
+        folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Flags that are not given leave `load` its own defaults."""
+    asked = []
+
+    def load(*words: object, max_tokens: int | None = None, **more: object) -> Moca:
+        asked.append({"max_tokens": max_tokens, **more})
+        return replace(nano_moca.load(*words), max_tokens=max_tokens)
+
+    monkeypatch.setattr(vectors, "load", load)
+    items = write(folder, {"text": "one two three four five six seven eight nine ten"})
+    whole, short = embed(items), embed(items, "--max-tokens", "3")
+    moca = replace(nano_moca.load(MODEL, "cpu"), max_tokens=3)
+    text = json.loads(items.read_text())["text"]
+    assert np.abs(short - moca.embed([text]).numpy()).max() < 2e-6 < np.abs(short - whole).max()
+    embed(items, "--processor", str(MODEL), "--allow-extra")
+    assert asked == [{"max_tokens": None}, {"max_tokens": 3},
+                     {"max_tokens": None, "processor": str(MODEL), "allow_extra": True}]
+
+
+def test_the_prompt_stands_beside_images_without_words(folder: Path, moca: Moca):
+    image = ["images/0-rgb-84x84.png"]
+    items = write(folder, {"text": MARK, "images": image}, {"text": MARK * 2, "images": image * 2},
+                  {"text": f"{MARK} words", "images": image}, {"text": "a question"})
+    plain, prompted = embed(items), embed(items, "--prompt", "Represent $1 page.")
+    expected = [{"text": f"{MARK}\nRepresent $1 page.", "images": image},
+                {"text": f"{MARK * 2}\nRepresent $1 page.", "images": image * 2}]
+    assert np.abs(prompted[:2] - np.stack([alone(moca, item) for item in expected])).max() < 2e-6
+    assert np.abs(prompted[:2] - plain[:2]).max() > 1e-3
+    assert np.abs(prompted[2:] - plain[2:]).max() < 2e-6
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_what_was_interrupted_goes_on_and_keeps_nothing_in_the_end(
+        folder: Path, calls: int, monkeypatch: pytest.MonkeyPatch):
+    """Each item is embedded once, before the interruption or after it."""
+    items = write(folder, *({"text": f"item {number} " * (1 + number % 3)} for number in range(8)))
+    whole = embed(items)
+    done, made, stop = Moca.embed, [], [calls]
+
+    def counting(moca: Moca, records: list[Record]) -> torch.Tensor:
+        if len(made) == stop[0]:
+            raise KeyboardInterrupt
+        made.append([record.text for record in records])
+        return done(moca, records)
+
+    monkeypatch.setattr(Moca, "embed", counting)
+    monkeypatch.setattr(vectors, "AT_ONCE", 3)
+    with pytest.raises(KeyboardInterrupt):
+        embed(items)
+    output = folder / "made" / "vectors.npy"
+    assert len(list((folder / "made" / "vectors.npy.vectors").glob("*.npy"))) == calls
+    assert np.array_equal(np.load(output), whole)  # of before, until there is a new one
+    stop[0] = 9
+    assert np.abs(embed(items) - whole).max() < 2e-6
+    texts = sorted(text for part in made for text in part)
+    assert len(texts) == len(set(texts)) == 8
+
+
+def test_a_folder_of_the_users_keeps_what_is_in_it(folder: Path):
+    kept = folder / "made" / "vectors.npy.vectors"
+    kept.mkdir(parents=True)
+    (kept / "mine.npy").write_text("mine")
+    with pytest.raises(AssertionError, match="vectors.npy.vectors"):  # there is more than the one
+        embed(write(folder, {"text": "words"}))
+    assert [file.name for file in kept.iterdir()] == ["mine.npy"]
+    assert np.load(folder / "made" / "vectors.npy").shape == (1, 64)
+
+
+@pytest.mark.parametrize("name", ["mlp.down_proj", "norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_vector_that_is_not_finite_is_named_and_not_written(
+        folder: Path, checkpoint: Path, name: str, value: float, monkeypatch: pytest.MonkeyPatch):
+    """Whatever let such weights pass, the result is looked at too."""
+    moca = nano_moca.load(checkpoint, "cpu")
+    for key, weight in moca.model.named_parameters():
+        if name in key:
+            weight.data.view(-1)[0] = value
+    monkeypatch.setattr(vectors, "load", lambda *_: moca)
+    items = write(folder, {"text": "good"})
+    with pytest.raises(MocaError, match=rf"{items}:1: .*not finite"):
+        embed(items)
+    assert not list(folder.rglob("*.npy*"))
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+def test_what_is_read_is_not_written_over(folder: Path, checkpoint: Path):
+    """The input, an image beside it, each file of the model; by whatever path or link."""
+    items = write(folder, {"text": MARK, "images": ["images/0-rgb-84x84.png"]})
+    weights = checkpoint / "model.safetensors"
+    link, further = folder / "link.npy", folder / "linked"
+    link.symlink_to(weights)
+    further.symlink_to(folder)
+    hard = folder / "hard.npy"
+    os.link(items, hard)
+    read = [path for path in [*folder.rglob("*"), *checkpoint.rglob("*")] if path.is_file()]
+    before = {path: path.read_bytes() for path in read}
+    for output in (items, weights, checkpoint / "config.json", link, hard, further / "items.jsonl",
+                   folder / "images" / ".." / "items.jsonl"):
+        with pytest.raises(MocaError, match=f"--output {output} is a file of --") as caught:
+            main(["embed", "--model", str(checkpoint), "--device", "cpu", "--input", str(items),
+                  "--output", str(output)])
+        assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(folder.rglob("*.new"))
+
+
+@pytest.mark.parametrize("command", ["embed", "builtin", "mmeb"])
+@pytest.mark.parametrize("place", ["a folder", "in a file", "a pipe", "too long", "a dead link"])
+def test_an_output_that_cannot_be_written_is_known_before_the_work(
+        folder: Path, command: str, place: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(main_module, "make_embedder", lambda _: pytest.fail("the work began"))
+    output = folder / "out" / "o"
+    output.parent.mkdir()
+    if place == "a folder":
+        output.mkdir()
+    elif place == "in a file":
+        output.write_text("a file")
+        output = output / "o"
+    elif place == "a pipe":
+        os.mkfifo(output)
+    elif place == "too long":
+        output = folder / ("o" * 255)
+    else:
+        output.symlink_to(folder / "gone" / "o")
+    before = sorted(folder.rglob("*"))
+    words = {"embed": ["--input", str(write(folder, {"text": "words"}))], "builtin": [],
+             "mmeb": ["--data", str(folder)]}[command]
+    with pytest.raises(MocaError, match=str(output)) as caught:
+        main([command, "--model", str(MODEL), "--output", str(output), *words])
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.rglob("*")) in (before, sorted([*before, folder / "items.jsonl"]))
+
+
+@pytest.mark.parametrize("size", [1, 100, 129, 4000, 10100])  # of 10,368 bytes
+def test_a_full_disk_names_the_vectors_and_leaves_what_stood_there(
+        folder: Path, size: int, full_disk: Callable):
+    """Wherever in the file the room ends: also in its last bytes."""
+    items = write(folder, *({"text": f"item {number}"} for number in range(40)))
+    output = folder / "vectors.npy"
+    output.write_bytes(b"x")
+    words = ["embed", "--model", str(MODEL), "--device", "cpu", "--input", str(items)]
+    with full_disk(size), pytest.raises(MocaError, match="vectors.npy.* cannot be written"):
+        main([*words, "--output", str(output)])
+    assert output.read_bytes() == b"x"
+    assert not list(folder.rglob("*.new"))
+    main([*words, "--output", str(output)])
+    assert output.stat().st_size == 10368 and len(np.load(output)) == 40
+
+
+def test_a_full_disk_names_the_scores(folder: Path, full_disk: Callable):
+    (folder / "D" / "GQA").mkdir(parents=True)
+    row = {"qry_text": "a", "qry_img_path": "", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
+    (folder / "D" / "GQA" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    output = folder / "s.json"
+    words = ["mmeb", "--model", str(MODEL), "--device", "cpu", "--data", str(folder / "D"),
+             "--output", str(output)]
+    main(words)
+    good = output.read_bytes()
+    with full_disk(200), pytest.raises(MocaError, match="s.json cannot be written"):
+        main(words)
+    assert output.read_bytes() == good  # whole, of before
 
 
 IMAGE = {"text": MARK, "images": ["images/0-rgb-84x84.png"]}
