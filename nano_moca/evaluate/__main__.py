@@ -10,7 +10,7 @@ from nano_moca.batch import MARK
 from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
 from nano_moca.data import FILE_KINDS, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
-from nano_moca.evaluate.vectors import forget_vectors, make_embedder, save_vectors
+from nano_moca.evaluate.vectors import make_embedder, save_vectors
 from nano_moca.files import MocaError, one_line, regular_file, write_json, writing
 from nano_moca.flags import Parser, main_guard
 from nano_moca.model import POOLINGS
@@ -31,10 +31,7 @@ def embed_file(args: argparse.Namespace) -> None:
             record.text += f"\n{args.prompt}"
     embed = make_embedder(args)
     vectors = embed(records)  # [N, D]
-
-    # Once all are in one file, the parts are of no more use.
     save_vectors(Path(args.output), vectors)
-    forget_vectors(Path(args.output + ".vectors"))
     print(f"{args.output}: {len(vectors)} unit vectors of width {vectors.shape[1]}")
 
 

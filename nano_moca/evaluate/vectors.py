@@ -3,12 +3,12 @@
 They are kept by parts of 64 records in <output>.vectors, each part under a hash of its
 content and of what computes it: the model's files, the settings and this package's
 code. So another model, another picture at the same path or a changed line of code never
-meets old vectors. A part that is damaged is computed again.
+meets old vectors. A part that is damaged is computed again. The folder may be deleted
+at any time.
 """
 
 import argparse
 import hashlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +94,6 @@ def read_vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
         return None
     whole = vectors.shape == shape and vectors.dtype == np.float32 and np.isfinite(vectors).all()
     return vectors if whole else None
-
-
-def forget_vectors(kept: Path) -> None:
-    """Remove the parts in a folder, and the folder if nothing else is in it."""
-    for file in kept.glob("[0-9a-f]" * 32 + ".npy*"):
-        file.unlink()
-    with suppress(OSError):
-        kept.rmdir()
 
 
 def make_embedder(args: argparse.Namespace) -> Embed:

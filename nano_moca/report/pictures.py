@@ -32,4 +32,4 @@ def picture(path: Path, size: tuple[float, float], dpi: int, layout: str = "tigh
             with replacing(path) as fresh:
                 figure.savefig(fresh, format="png")
     except Exception as error:
-        print(one_line(f"no picture {path}: {reason(error)}"), flush=True)
+        print(one_line(f"no picture {path.name}: {reason(error)}"), flush=True)
