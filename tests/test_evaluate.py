@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import torch
 
 import nano_moca
 from nano_moca import MARK, Moca, MocaError, Record
+from nano_moca.builtin import BuiltinPairs
 from nano_moca.evaluate import __main__ as main_module
 from nano_moca.evaluate import vectors
 from nano_moca.evaluate.__main__ import main
 from nano_moca.evaluate.vectors import AT_ONCE
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+ROOT = GOLDEN.parents[1]
 MODEL = GOLDEN / "qwen2.5-vl"
 
 
@@ -312,3 +315,100 @@ def test_as_a_command_an_error_is_one_line_and_exit_code_1(folder: Path):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {items}:2: ") and done.stderr.count("\n") == 1
     assert output.read_bytes() == b"what was there" and len(list(folder.iterdir())) == 3
+
+
+# --- from PDFs to a search ------------------------------------------------------------------------
+
+# As the docs show it, but for the model, which is `runs/cl/model` there.
+PAGES_TO_PICTURES = '''\
+mkdir pages
+for file in *.pdf; do pdftoppm -r 100 -png "$file" "pages/${file%.pdf}"; done
+'''
+LIST_THEM = '''\
+import json
+from pathlib import Path
+
+import nano_moca
+
+with open("items.jsonl", "w") as file:
+    for page in sorted(Path("pages").glob("*.png")):
+        print(json.dumps({"text": nano_moca.MARK, "images": [str(page)]}), file=file)
+'''
+EMBED_THEM = '''\
+python -m nano_moca.evaluate embed --model runs/cl/model --input items.jsonl --output pages.npy \\
+    --prompt "Represent the given document image." --min-pixels 200704 --max-pixels 802816
+'''
+SEARCH = '''\
+import json
+
+import numpy as np
+
+import nano_moca
+
+pages = np.load("pages.npy")  # [pages, width], unit vectors in the order of items.jsonl
+items = [json.loads(line) for line in open("items.jsonl")]
+moca = nano_moca.load("runs/cl/model")
+query = moca.embed(["Which region grew fastest?"]).numpy()
+scores = (query @ pages.T)[0]
+for number in np.argsort(-scores)[:5]:
+    print(f"{scores[number]:.3f}", items[number]["images"][0])
+'''
+WITH_FAISS = '''\
+index = faiss.IndexFlatIP(pages.shape[1])
+index.add(pages)
+scores, numbers = index.search(query, 5)
+'''
+PARTS = (PAGES_TO_PICTURES, LIST_THEM, EMBED_THEM, SEARCH, WITH_FAISS)
+
+
+def test_from_pdfs_to_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Two small PDFs of built-in pages, in a folder that holds nothing else at first: each of
+    their pages is found by the picture that it was made of."""
+    pairs = BuiltinPairs("page-retrieval", "test", 0)
+    scenes = [pairs[number].positive.images[0] for number in range(5)]
+    (tmp_path / "runs" / "cl").mkdir(parents=True)
+    (tmp_path / "runs" / "cl" / "model").symlink_to(ROOT / "notebooks" / "embedder")
+    monkeypatch.chdir(tmp_path)
+    for name, part in (("a report", scenes[:3]), ("notes", scenes[3:])):
+        part[0].save(f"{name}.pdf", save_all=True, append_images=part[1:], resolution=100)
+
+    names = ["a report-1", "a report-2", "a report-3", "notes-1", "notes-2"]
+    if shutil.which("pdftoppm"):
+        subprocess.run(["bash", "-c", PAGES_TO_PICTURES], check=True)
+    else:  # what it would make
+        Path("pages").mkdir()
+        for name, scene in zip(names, scenes, strict=True):
+            scene.save(f"pages/{name}.png")
+    exec(LIST_THEM, {})
+    main(shlex.split(EMBED_THEM.replace("\\\n", ""))[3:] + ["--device", "cpu"])
+    capsys.readouterr()
+    exec(SEARCH, {})
+    found = [line.split(" ", 1) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(file for _, file in found) == [f"pages/{name}.png" for name in names]
+    scores = [float(score) for score, _ in found]
+    assert scores == sorted(scores, reverse=True)
+
+    # In the order of items.jsonl, and of these pixels at this size.
+    pages = np.load(tmp_path / "pages.npy")
+    moca = nano_moca.load(ROOT / "notebooks" / "embedder", "cpu", min_pixels=200704,
+                          max_pixels=802816)
+    text = f"{MARK}\nRepresent the given document image."
+    shown = moca.embed([{"text": text, "images": [scene]} for scene in scenes]).numpy()
+    assert (pages @ shown.T).argmax(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_faiss_finds_what_numpy_finds():
+    faiss = pytest.importorskip("faiss")
+    random = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    pages, query = random / np.linalg.norm(random, axis=1, keepdims=True), random[:1]
+    names = {"faiss": faiss, "pages": pages, "query": query}
+    exec(WITH_FAISS, names)  # the docs' own lines
+    assert names["numbers"][0].tolist() == np.argsort(-(query @ pages.T)[0])[:5].tolist()
+
+
+def test_the_docs_quote_what_is_tested_here():
+    """Word for word, wherever they show it."""
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = file.read_text(encoding="utf-8")
+        if "pdftoppm -r" in text:
+            assert [part for part in PARTS if part not in text] == []
