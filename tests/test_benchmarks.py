@@ -640,13 +640,16 @@ CORPUS, QUERY, JUDGEMENT = ({"corpus-id": 100, "image": "page 0.png"},
     ("qrels", JUDGEMENT | {"score": "much"}),
     ("qrels", JUDGEMENT | {"score": None}),
     ("qrels", JUDGEMENT | {"score": -1}),
+    ("qrels", JUDGEMENT | {"score": math.nan}),
+    ("qrels", JUDGEMENT | {"score": math.inf}),
+    ("qrels", JUDGEMENT | {"score": 10**400}),
 ], ids=lambda value: json.dumps(value)[:60])
 def test_a_row_that_is_no_row_of_vidore_is_named(tmp_path: Path, part: str, row: object,
                                                  stub: Callable):
     stub(by_content())
     task = write_vidore(tmp_path / "data" / "pages", queries={"words": {0: 1}})
     file = task / part / "test.jsonl"
-    good = file.read_text()
+    good = "" if part == "queries" else file.read_text()  # there is one query
     file.write_text(good + json.dumps(row) + "\n")
     output = tmp_path / "scores.json"
     message = one_line(lambda: score("vidore", output, "--data", tmp_path / "data"))
@@ -654,12 +657,13 @@ def test_a_row_that_is_no_row_of_vidore_is_named(tmp_path: Path, part: str, row:
     assert not output.exists()
 
 
-def test_vidore_takes_no_page_twice(tmp_path: Path, stub: Callable):
+@pytest.mark.parametrize(("part", "row"), [("corpus", CORPUS), ("queries", QUERY)])
+def test_vidore_takes_nothing_twice(tmp_path: Path, part: str, row: dict, stub: Callable):
     stub(by_content())
     task = write_vidore(tmp_path / "data" / "pages")
-    write(task / "corpus" / "other", [CORPUS], "jsonl")
+    write(task / part / "other", [row], "jsonl")
     message = one_line(lambda: score("vidore", tmp_path / "scores.json", "--data", task.parent))
-    assert str(task) in message and "twice" in message
+    assert str(task / part) in message and "twice" in message
 
 
 @pytest.mark.parametrize("part", ["corpus", "queries", "qrels"])

@@ -195,15 +195,24 @@ def test_what_is_read_is_not_written_over(folder: Path, checkpoint: Path):
     assert not list(folder.rglob("*.new"))
 
 
+def test_an_output_with_a_last_slash_is_a_file(folder: Path):
+    items = write(folder, {"text": "words"})
+    main(["embed", "--model", str(MODEL), "--device", "cpu", "--input", str(items), "--output",
+          f"{folder}/made/"])
+    assert np.load(folder / "made").shape == (1, 64)
+
+
 @pytest.mark.parametrize("command", ["embed", "builtin", "mmeb"])
-@pytest.mark.parametrize("place", ["a folder", "in a file", "a pipe", "too long", "a dead link"])
+@pytest.mark.parametrize("place", ["a folder", "a folder, and vectors", "in a file", "a pipe", "too long", "a dead link"])
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
         folder: Path, command: str, place: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(main_module, "make_embedder", lambda _: pytest.fail("the work began"))
     output = folder / "out" / "o"
     output.parent.mkdir()
-    if place == "a folder":
+    if place.startswith("a folder"):
         output.mkdir()
+        if "vectors" in place:
+            (folder / "out" / "o.vectors").mkdir()
     elif place == "in a file":
         output.write_text("a file")
         output = output / "o"

@@ -177,6 +177,16 @@ def test_other_ranks_write_nothing(tmp_path: Path, moca: Moca, capsys):
     assert not list((tmp_path / "run").iterdir()) and capsys.readouterr().out == ""
 
 
+def test_a_large_picture_is_drawn_small(tmp_path: Path):
+    """And what the caller holds stays as it is."""
+    large = Image.new("RGB", (3000, 2000))
+    shown = []
+    axis = SimpleNamespace(set=lambda **_: 0, set_title=lambda *_, **__: 0, imshow=shown.append,
+                           text=lambda *_, **__: 0, transAxes=None)
+    stage2.show_record(axis, Record("<|image_pad|>", [large]), "title")
+    assert shown[0].size == (480, 320) and large.size == (3000, 2000)
+
+
 # --- stage 1 --------------------------------------------------------------------------------------
 
 class Unseen:

@@ -32,7 +32,7 @@ def embed_file(args: argparse.Namespace) -> None:
     embed = make_embedder(args)
     vectors = embed(records)  # [N, D]
     save_vectors(Path(args.output), vectors)
-    print(f"{args.output}: {len(vectors)} unit vectors of width {vectors.shape[1]}")
+    print(f"{one_line(args.output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}")
 
 
 def score_builtin(embed: Embed, args: argparse.Namespace) -> Scores:
@@ -112,9 +112,10 @@ def check_output(args: argparse.Namespace) -> None:
         fresh.unlink()
 
     # What an earlier evaluation wrote has its vectors beside it.
+    if output.exists():
+        regular_file(output)
     if not output.exists() or Path(args.output + ".vectors").is_dir():
         return
-    regular_file(output)
     for name in ("model", "processor", "input", "data", "images"):
         given = Path(vars(args).get(name) or os.devnull)
         for file in (given, *given.rglob("*")):
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{flag} is empty: give a value")
         if type(value) is int and not 1 <= value < 2**31:
             parser.error(f"{flag} {value} is not from 1 to {2**31 - 1}")
+    args.output = str(Path(args.output))  # without a last "/"
     check_output(args)
     run = embed_file if args.command == "embed" else score
     run(args)

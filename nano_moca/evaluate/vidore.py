@@ -93,14 +93,15 @@ def read_relevance(folder: Path, corpus: list, queries: list) -> dict[str, np.nd
     # In the order of the corpus, which is the order of the vectors.
     columns = {page: column for column, (page, *_) in enumerate(corpus)}
     relevance = {query: np.zeros(len(corpus)) for query, *_ in queries}
-    if len(columns) < len(corpus):
-        raise MocaError(f"{folder / 'corpus'} has a corpus-id twice: copy it again")
+    for part, ids, rows in ("corpus", columns, corpus), ("queries", relevance, queries):
+        if len(ids) < len(rows):
+            raise MocaError(f"{folder / part} has an id twice: copy it again")
 
     # A query or page that is not there: the folders are of two tasks, or incomplete.
     qrels = read_table(folder / "qrels", "query-id", "corpus-id", "score")
     for query, page, score, source in qrels:
         known = query in relevance and page in columns
-        if not (known and isinstance(score, (int, float)) and score >= 0):
+        if not (known and isinstance(score, (int, float)) and 0 <= score < 1e6):
             raise MocaError(
                 f"{source}: query {query} or page {page} is not among the task's, or {score} is "
                 "not a relevance: copy its three folders again")

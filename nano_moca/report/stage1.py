@@ -23,7 +23,7 @@ from torch import Tensor
 from nano_moca.batch import Batch, EncodedRecord
 from nano_moca.batches import TokenBatches
 from nano_moca.distributed import World
-from nano_moca.files import MocaError, write_json
+from nano_moca.files import MocaError, one_line, write_json
 from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
@@ -73,7 +73,7 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
         plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
         if columns:
             plot_restorations(output / "reconstruction.png", columns)
-        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+        print(f"{one_line(output)}: the model is in model/, beside it scores.json and the pictures")
 
 
 def mean_losses(lines: list[dict]) -> dict[str, float]:

@@ -50,13 +50,13 @@ def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> Non
     except MocaError as error:
         # The model is saved already: a bad pair only costs the report.
         if world.main:
-            print(f"no report on {held_out}: {error}", flush=True)
+            print(f"no report on {one_line(held_out)}: {error}", flush=True)
 
     # The scores first: they are what counts.
     if world.main:
         write_json(output / "scores.json", {"pairs": held_out, "tasks": scores})
         note = ", learned from" if held_out == flags.data else ""
-        print(f"ranked: pairs of {held_out}{note}")
+        print(f"ranked: pairs of {one_line(held_out)}{note}")
         for name, figures in scores.items():
             shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
             print(f"{one_line(name):>24s}  {shown}")
@@ -66,7 +66,7 @@ def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> Non
         if rankings:
             plot_retrieval(output / "retrieval.png", rankings)
             plot_similarity(output / "similarity.png", rankings)
-        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+        print(f"{one_line(output)}: the model is in model/, beside it scores.json and the pictures")
 
 
 def plot_retrieval(path: Path, rankings: dict[str, Ranking]) -> None:
@@ -96,7 +96,9 @@ def show_record(axis: Any, record: Record, title: str) -> None:
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
     if record.images:
-        axis.imshow(open_image(record.images[0], record.source, decode=True))
+        image = open_image(record.images[0], record.source, decode=True)
+        image.thumbnail((480, 480))
+        axis.imshow(image)
 
     # Without special tokens, and no more than fits.
     words = re.sub(r"<\|\w+\|>", "", record.text)
