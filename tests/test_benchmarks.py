@@ -990,7 +990,7 @@ NEEDED = {"embed": ["--input", "i"], "builtin": [], "mmeb": ["--data", "d"],
 def test_an_empty_value_is_refused_by_its_flag(command: str, name: str, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for words in ([f"--{name}", ""], [f"--{name}="]):
+    for words in ([f"--{name}", ""], [f"--{name}="], [f"--{name}", " \t"]):
         with pytest.raises(SystemExit) as caught:
             main([command, "--model", "m", "--output", "o", *NEEDED[command], *words])
         error = capsys.readouterr().err

@@ -114,11 +114,14 @@ def test_a_longer_text_is_shortened_to_the_limit_that_is_asked_for(
                      {"max_tokens": None, "processor": str(MODEL), "allow_extra": True}]
 
 
-def test_the_prompt_stands_beside_images_without_words(folder: Path, moca: Moca):
+def test_the_prompt_stands_beside_images_without_words(folder: Path, moca: Moca, capsys):
     image = ["images/0-rgb-84x84.png"]
     items = write(folder, {"text": MARK, "images": image}, {"text": MARK * 2, "images": image * 2},
                   {"text": f"{MARK} words", "images": image}, {"text": "a question"})
-    plain, prompted = embed(items), embed(items, "--prompt", "Represent $1 page.")
+    plain = embed(items)
+    assert "4 unit vectors of width 64, 0 of them with the prompt" in capsys.readouterr().out
+    prompted = embed(items, "--prompt", "Represent $1 page.")
+    assert "4 unit vectors of width 64, 2 of them with the prompt" in capsys.readouterr().out
     expected = [{"text": f"{MARK}\nRepresent $1 page.", "images": image},
                 {"text": f"{MARK * 2}\nRepresent $1 page.", "images": image * 2}]
     assert np.abs(prompted[:2] - np.stack([alone(moca, item) for item in expected])).max() < 2e-6
@@ -191,8 +194,27 @@ def test_what_is_read_is_not_written_over(folder: Path, checkpoint: Path):
             main(["embed", "--model", str(checkpoint), "--device", "cpu", "--input", str(items),
                   "--output", str(output)])
         assert "\n" not in str(caught.value)
+    with pytest.raises(MocaError, match=r"0-rgb-84x84.png is an image of .*items.jsonl:1: "):
+        main(["embed", "--model", str(checkpoint), "--device", "cpu", "--input", str(items),
+              "--output", str(folder / "images" / "0-rgb-84x84.png")])
     assert {path: path.read_bytes() for path in before} == before
     assert not list(folder.rglob("*.new"))
+
+
+def test_what_an_earlier_evaluation_wrote_is_written_again(folder: Path):
+    """Though it lies beside what is read."""
+    items = write(folder / "images", {"text": "words"})
+    data = folder / "data"
+    (data / "GQA").mkdir(parents=True)
+    row = {"qry_text": "a", "qry_img_path": "", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
+    (data / "GQA" / "test.jsonl").write_text(json.dumps(row))
+    for _ in range(2):
+        common = ["--model", str(MODEL), "--device", "cpu", "--output"]
+        main(["embed", *common, str(items.parent / "v.npy"), "--input", str(items)])
+        main(["embed", *common, str(items.parent / "v.npy"), "--input", str(items.parent)])
+        main(["mmeb", *common, str(data / "scores.json"), "--data", str(data)])
+    (folder / "other.npy").write_bytes(b"")  # of somebody else, and nothing that is read
+    main(["embed", *common, str(folder / "other.npy"), "--input", str(items)])
 
 
 def test_an_output_with_a_last_slash_is_a_file(folder: Path):

@@ -10,7 +10,7 @@ from nano_moca.batch import MARK
 from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
 from nano_moca.data import FILE_KINDS, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
-from nano_moca.evaluate.vectors import make_embedder, save_vectors
+from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
 from nano_moca.files import MocaError, one_line, regular_file, write_json, writing
 from nano_moca.flags import Parser, main_guard
 from nano_moca.model import POOLINGS
@@ -25,14 +25,20 @@ def embed_file(args: argparse.Namespace) -> None:
     records = [make_record(*row) for row in open_rows(args.input)]
 
     # The prompt stands beside what has no words of its own, such as pages.
+    prompted = 0
     for record in records:
         words = record.text.replace(MARK, "").strip()
         if args.prompt and record.images and not words:
             record.text += f"\n{args.prompt}"
+            prompted += 1
+        if os.path.realpath(args.output) in map(os.path.realpath, image_files(record)):
+            raise MocaError(f"--output {args.output} is an image of {record.source}: write "
+                            "elsewhere")
     embed = make_embedder(args)
     vectors = embed(records)  # [N, D]
     save_vectors(Path(args.output), vectors)
-    print(f"{one_line(args.output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}")
+    print(f"{one_line(args.output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}, "
+          f"{prompted} of them with the prompt")
 
 
 def score_builtin(embed: Embed, args: argparse.Namespace) -> Scores:
@@ -168,10 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
-        if value == "":
+        if not str(value).strip():
             parser.error(f"{flag} is empty: give a value")
         if type(value) is int and not 1 <= value < 2**31:
-            parser.error(f"{flag} {value} is not from 1 to {2**31 - 1}")
+            parser.error(f"{flag} {str(value)[:20]} is not from 1 to {2**31 - 1}")
     args.output = str(Path(args.output))  # without a last "/"
     check_output(args)
     run = embed_file if args.command == "embed" else score

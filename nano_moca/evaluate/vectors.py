@@ -67,11 +67,15 @@ def content_hash(records: list[Record], identity: str) -> str:
     files, keys = [], []
     for record in records:
         keys.append(record_key(record))
-        for image in record.images:
-            if isinstance(image, Path):
-                files.append(hashlib.sha256(image.read_bytes()).digest())
+        for file in image_files(record):
+            files.append(hashlib.sha256(file.read_bytes()).digest())
     content = repr((identity, files, keys)).encode(errors="surrogatepass")
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def image_files(record: Record) -> list[Path]:
+    """Those of a record's images that are files."""
+    return [image for image in record.images if isinstance(image, Path)]
 
 
 def save_vectors(path: Path, vectors: np.ndarray) -> None:
