@@ -24,9 +24,10 @@ import numpy as np
 
 from nano_moca.builtin.base import run_script, train_base
 from nano_moca.config import BASE
-from nano_moca.evaluate.__main__ import main as evaluate
+from nano_moca.evaluate import main as evaluate
 from nano_moca.files import MocaError, read_json, write_json
 from nano_moca.flags import flag, main_guard, parse_flags
+from nano_moca.report.pictures import picture
 
 
 class Arm(NamedTuple):
@@ -126,7 +127,7 @@ def scores(name: str, seed: int, flags: Flags) -> dict[str, Any]:
     test = stage_2 / "test.json"
     if not test.exists():
         evaluate(["builtin", "--model", str(stage_2 / "model"), "--output", str(test)])
-    return {"minutes": round(minutes, 1), "tasks": json.loads(test.read_text())["tasks"]}
+    return {"minutes": round(minutes, 1), "tasks": read_json(test)["tasks"]}
 
 
 def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
@@ -137,26 +138,23 @@ def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
 def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
     """One row per arm: the mean of recall@1 over seeds as a bar, minimum to maximum as
     an error bar, each seed as a dot; both ways."""
-    from matplotlib.figure import Figure
+    with picture(path, (11, 1 + 0.42 * len(results)), dpi=120, layout="constrained") as figure:
+        axes = figure.subplots(1, len(SHOWN), sharey=True)
+        for axis, task in zip(axes, SHOWN, strict=True):
+            for row, seeds in enumerate(results.values()):
+                values = recalls(seeds, task)
+                mean = values.mean()
+                spread = [[mean - values.min()], [values.max() - mean]]
 
-    figure = Figure((11, 1 + 0.42 * len(results)), layout="constrained")
-    axes = figure.subplots(1, len(SHOWN), sharey=True)
-    for axis, task in zip(axes, SHOWN, strict=True):
-        for row, seeds in enumerate(results.values()):
-            values = recalls(seeds, task)
-            mean = values.mean()
-            spread = [[mean - values.min()], [values.max() - mean]]
+                # The first bar is dark, since the others are compared with it.
+                colour = "#9db4d8" if row else "#1f4e9c"
+                axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
+                axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
 
-            # The first bar is dark, since the others are compared with it.
-            colour = "#9db4d8" if row else "#1f4e9c"
-            axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
-            axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
-
-        # Both axes are the same, and the arms are named on the left one.
-        axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=range(len(results)))
-        axis.set_yticklabels([ARMS[name].about for name in results])
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+            # Both axes are the same, and the arms are named on the left one.
+            axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=range(len(results)))
+            axis.set_yticklabels([ARMS[name].about for name in results])
+        axes[0].invert_yaxis()
 
 
 def ablate(flags: Flags) -> None:
@@ -166,7 +164,7 @@ def ablate(flags: Flags) -> None:
     if not set(arms) <= ARMS.keys():
         raise MocaError(f"--arms {flags.arms}: the arms are {', '.join(ARMS)}")
     table = Path(flags.output) / "ablations.json"
-    results = json.loads(table.read_text()) if table.exists() else {}
+    results = read_json(table) if table.exists() else {}
 
     # Every arm once before any a second time.
     for seed in range(flags.seeds):

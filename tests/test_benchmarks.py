@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nano_moca import MARK, Moca, MocaError, Record
+from nano_moca import MARK, Moca, MocaError, Record, files
 from nano_moca.builtin import NAMES, NEW, BuiltinPairs, builtin_tasks
 from nano_moca.evaluate import vectors
 from nano_moca.evaluate.__main__ import main
+from nano_moca.evaluate.vidore import ndcg
 
 MODEL = Path(__file__).resolve().parent / "golden" / "qwen2.5-vl"
 WIDTH = 64  # of its vectors
@@ -109,10 +110,6 @@ def constant(_: Record) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def not_a_number(_: Record) -> np.ndarray:
-    return np.full(WIDTH, np.nan, np.float32)
-
-
 def dot(a: np.ndarray, b: np.ndarray) -> float:
     """A product of vectors, exactly summed."""
     return math.fsum(float(x) * float(y) for x, y in zip(a, b, strict=True))
@@ -178,7 +175,7 @@ def test_mmeb_scores_as_a_plain_loop_does(tmp_path: Path, pictures: Path, kind: 
 
     def vector(text: str, path: str) -> np.ndarray:
         if (text, path) not in made:
-            words = text.replace("<|image_1|>", MARK if path else "").strip()
+            words = text.replace("<|image_1|>", MARK if path else "")
             images = [pictures / path] if path else []
             made[text, path] = moca.embed([{"text": words, "images": images}])[0].numpy()
         return made[text, path]
@@ -197,11 +194,11 @@ def test_mmeb_scores_as_a_plain_loop_does(tmp_path: Path, pictures: Path, kind: 
 def test_a_mark_of_mmeb_is_a_picture_or_nothing(tmp_path: Path, pictures: Path, path: str | None,
                                                 stub: Callable):
     seen = stub(by_content())
-    rows = [mmeb_row(("<|image_1|> look", "0.png"), ("<|image_1|>\nwords", path), "other")]
+    rows = [mmeb_row(("<|image_1|> look\n", "0.png"), ("<|image_1|>words", path), " other \n")]
     write(pictures / "Mine" / "test", rows, "jsonl")  # --images is --data unless given
     score("mmeb", tmp_path / "scores.json", "--data", pictures)
-    assert {(record.text, len(record.images)) for record in seen} == {
-        (f"{MARK} look", 1), ("words", 0), ("other", 0)}
+    assert {(record.text, len(record.images)) for record in seen} == {  # spaces and line ends stay
+        (f"{MARK} look\n", 1), ("words", 0), (" other \n", 0)}
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 4, 5, 6, 7, 9, 17, 33, 40])
@@ -216,23 +213,31 @@ def test_repeated_candidates_are_ties_and_a_tie_is_wrong(tmp_path: Path, candida
                     "right candidate given twice": 20}
 
 
-@pytest.mark.parametrize("vector", [constant, not_a_number])
-def test_mmeb_gives_nothing_for_a_constant_or_nan(tmp_path: Path, vector: Vectors, stub: Callable):
-    stub(vector)
+def test_mmeb_gives_nothing_for_a_constant(tmp_path: Path, stub: Callable):
+    stub(constant)
     rows = [mmeb_row(f"query {n}", *(f"answer {n} {m}" for m in range(1 + n))) for n in range(1, 9)]
     write(tmp_path / "data" / "Mine" / "test", rows, "jsonl")
     made = score("mmeb", tmp_path / "scores.json", "--data", tmp_path / "data")
     assert made["tasks"]["Mine"]["precision@1"] == 0
 
 
-@pytest.mark.parametrize("nan, expected", [("right", 0), ("wrong", 0), ("query", 0), ("", 1)])
-def test_mmeb_one_nan_among_a_rows_vectors_is_wrong(tmp_path: Path, nan: str, expected: int,
-                                                    stub: Callable):
-    stub(lambda record: not_a_number(record) if record.text == nan
-         else axis(record.text == "wrong"))
-    write(tmp_path / "data" / "Mine" / "test", [mmeb_row("query", "right", "wrong")], "jsonl")
-    made = score("mmeb", tmp_path / "scores.json", "--data", tmp_path / "data")
-    assert made["tasks"]["Mine"]["precision@1"] == expected
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", ["right", "wrong", "query"])
+def test_one_vector_that_is_not_finite_is_named_and_never_scored(
+        tmp_path: Path, bad: str, value: float, stub: Callable):
+    """One number of one vector is enough; nothing is written, and nothing kept."""
+    def vector(record: Record) -> np.ndarray:
+        made = axis(record.text == "wrong")
+        made[7] = value if record.text == bad else 0
+        return made
+
+    stub(vector)
+    rows = [mmeb_row("words", "words", "others"), mmeb_row("query", "right", "wrong")]
+    file = write(tmp_path / "data" / "Mine" / "test", rows, "jsonl")
+    output = tmp_path / "scores.json"
+    message = one_line(lambda: score("mmeb", output, "--data", tmp_path / "data"))
+    assert f"{file}:2" in message and "not finite" in message
+    assert not output.exists() and not list(tmp_path.rglob("*.npy*"))
 
 
 GOOD = mmeb_row("a", "b", "c")
@@ -268,6 +273,26 @@ def test_a_row_that_is_no_row_of_mmeb_is_named(tmp_path: Path, pictures: Path, r
     message = one_line(lambda: score("mmeb", output, "--data", pictures))
     assert f"{file}:2" in message
     assert not output.exists()
+
+
+def test_without_images_the_flag_is_named(tmp_path: Path, pictures: Path, stub: Callable):
+    """Task folders and images come apart: the second is easily forgotten."""
+    stub(by_content())
+    rows = [mmeb_row((PICTURE, "0.png"), "a", "b")]
+    file = write(tmp_path / "data" / "Mine" / "test", rows, "jsonl")
+    command = ["mmeb", tmp_path / "scores.json", "--data", tmp_path / "data"]
+    message = one_line(lambda: score(*command))
+    assert message.startswith(f"{file}:1: ") and "--images" in message
+    assert score(*command, "--images", pictures)["tasks"]["Mine"]["queries"] == 1
+
+
+def test_hidden_folders_are_no_tasks(tmp_path: Path, stub: Callable):
+    """What tools leave in a folder: an index of their own, a copy of an older state."""
+    stub(by_content())
+    for name in ("Mine", ".cache", ".Mine.old"):
+        write(tmp_path / "data" / name / "test", [GOOD], "jsonl")
+    made = score("mmeb", tmp_path / "scores.json", "--data", tmp_path / "data")
+    assert list(made["tasks"]) == ["Mine"]
 
 
 def test_a_missing_picture_is_one_line_of_the_command_and_no_black_square(tmp_path: Path):
@@ -440,6 +465,13 @@ def test_vidore_scores_as_the_definition_says(tmp_path: Path, name: str, stub: C
 
     seen = stub(vector)
     write_vidore(tmp_path / "data" / "pages")
+    if "NaN" in name:  # no vector of a model: see above
+        for query, relevance in JUDGED.items():
+            row = [SIMILARITIES[name](names.index(query), page) for page in range(PAGES)]
+            gains = [relevance.get(page, 0) for page in range(PAGES)]
+            assert ndcg(np.array(row, float), np.array(gains, float)) == pytest.approx(
+                ndcg_by_search(row, relevance), abs=1e-9)
+        return
     made = score("vidore", tmp_path / "scores.json", "--data", tmp_path / "data")
     similarities = [[SIMILARITIES[name](names.index(query), page) for page in range(PAGES)]
                     for query in JUDGED]
@@ -476,7 +508,7 @@ def test_vidore_reads_both_forms_of_images_and_ids(tmp_path: Path, kind: str, id
     scores, other = (score("vidore", tmp_path / "scores.json", "--data", tmp_path / "data", *flags)
                      for flags in ([], ["--prompt", "other words"]))
     for made, prompt in ((scores, PROMPT), (other, "other words")):
-        pages = moca.embed([{"text": f"{MARK} {prompt}", "images": [page_image(number)]}
+        pages = moca.embed([{"text": f"{MARK}\n{prompt}", "images": [page_image(number)]}
                             for number in range(PAGES)]).numpy()
         queries = moca.embed(list(JUDGED)).numpy()
         expected = [ndcg_by_search([dot(query, page) for page in pages], relevance)
@@ -490,7 +522,7 @@ def test_the_prompt_stands_beside_each_page_and_no_query(tmp_path: Path, stub: C
         seen = stub(by_content())
         score("vidore", tmp_path / "scores.json", "--data", tmp_path / "data", *flags)
         assert sorted(record.text for record in seen) == sorted(
-            [f"{MARK} {prompt}"] * PAGES + list(JUDGED))
+            [f"{MARK}\n{prompt}"] * PAGES + list(JUDGED))
 
 
 def test_vidore_averages_over_its_tasks(tmp_path: Path, stub: Callable):
@@ -505,6 +537,82 @@ def test_vidore_averages_over_its_tasks(tmp_path: Path, stub: Callable):
     made = score("vidore", tmp_path / "scores.json", "--data", tmp_path / "data")
     assert {name: task["ndcg@5"] for name, task in made["tasks"].items()} == {"found": 1, "lost": 0}
     assert made["average ndcg@5"] == {"overall (2 of 2 tasks)": 0.5}
+
+
+def write_languages(task: Path, found: dict[str, list[bool]], say: str = "language") -> Path:
+    """A task with a query for each truth value, in these languages: whether it finds its page.
+
+    For `stub(look)`: a query finds page 2, and should find page 2 or page 3.
+    """
+    write_vidore(task)
+    rows = [(language, hit) for language, hits in found.items() for hit in hits]
+    write(task / "queries" / "test", [
+        {"query-id": number, "query": f"one page, {number}", say: language}
+        for number, (language, _) in enumerate(rows)], "jsonl")
+    write(task / "qrels" / "test", [
+        {"query-id": number, "corpus-id": 102 if hit else 103, "score": 1}
+        for number, (_, hit) in enumerate(rows)], "jsonl")
+    return task
+
+
+def look(record: Record) -> np.ndarray:
+    """Pages 0 and 1 before page 2, and page 2 before page 3; the query on all of them."""
+    page = page_number(record)
+    values = [1.0] if page is None else [0.9 - page / 10]
+    return np.pad(values, (0, WIDTH - 1)).astype(np.float32)
+
+
+HIT, MISS = 1 / math.log2(1 + 3), 1 / math.log2(1 + 4)  # nDCG@5 of the third and fourth place
+
+
+def test_vidore_scores_english_and_all_languages(tmp_path: Path, stub: Callable):
+    """All: the mean over languages, however many queries each has."""
+    stub(look)
+    found = {"french": [False], "english": [True, True, False], "german": [True, False]}
+    write_languages(tmp_path / "data" / "mine", found)
+    made = score("vidore", tmp_path / "scores.json", "--data", tmp_path / "data")
+    english = (2 * HIT + MISS) / 3
+    every = (MISS + english + (HIT + MISS) / 2) / 3
+    assert {name: task["ndcg@5"] for name, task in made["tasks"].items()} == {
+        "mine": pytest.approx(every), "mine, english": pytest.approx(english)}
+    assert {name: task["queries"] for name, task in made["tasks"].items()} == {
+        "mine": 6, "mine, english": 3}
+    assert made["average ndcg@5"] == {"overall (1 of 1 tasks)": pytest.approx(every)}
+
+
+@pytest.mark.parametrize(("found", "say"), [
+    ({"english": [True, False]}, "language"), ({"french": [True], "german": [False]}, "language"),
+    ({"english": [True], "french": [False]}, "locale")])
+def test_vidore_gives_english_only_beside_other_languages(tmp_path: Path, found: dict, say: str,
+                                                          stub: Callable):
+    stub(look)
+    write_languages(tmp_path / "data" / "mine", found, say)
+    made = score("vidore", tmp_path / "scores.json", "--data", tmp_path / "data")
+    assert list(made["tasks"]) == ["mine"]
+    assert made["tasks"]["mine"]["ndcg@5"] == pytest.approx((HIT + MISS) / 2)
+
+
+def test_vidore_v2_is_seven_tasks_in_the_paper_and_four_in_mteb(tmp_path: Path, stub: Callable):
+    """By the hub's names; other tasks are in neither average."""
+    stub(look)
+    data = tmp_path / "data"
+    write_languages(data / "esg_reports_human_labeled_v2", {"english": [True, False, False]})
+    for name, french in (("esg_reports_v2", True), ("economics_reports_v2", False),
+                         ("biomedical_lectures_v2", True)):
+        write_languages(data / name, {"english": [True], "french": [french], "german": [False]})
+    write_languages(data / "another", {"english": [True]})
+    made = score("vidore", tmp_path / "scores.json", "--data", data)
+    labeled, two, one = (HIT + 2 * MISS) / 3, (2 * HIT + MISS) / 3, (HIT + 2 * MISS) / 3
+    assert made["average ndcg@5"] == {
+        "ViDoRe-v2 as in the paper (7 of 7 tasks)": pytest.approx(
+            (labeled + 2 * two + one + 3 * HIT) / 7),
+        "ViDoRe(v2) as in mteb (4 of 4 tasks)": pytest.approx((labeled + 2 * two + one) / 4),
+        "overall (5 of 5 tasks)": pytest.approx((labeled + 2 * two + one + HIT) / 5)}
+    shutil.rmtree(data / "economics_reports_v2")
+    made = score("vidore", tmp_path / "scores.json", "--data", data)
+    assert list(made["average ndcg@5"]) == ["ViDoRe-v2 as in the paper (5 of 7 tasks)",
+                                            "ViDoRe(v2) as in mteb (3 of 4 tasks)",
+                                            "overall (4 of 4 tasks)"]
 
 
 CORPUS, QUERY, JUDGEMENT = ({"corpus-id": 100, "image": "page 0.png"},
@@ -532,13 +640,16 @@ CORPUS, QUERY, JUDGEMENT = ({"corpus-id": 100, "image": "page 0.png"},
     ("qrels", JUDGEMENT | {"score": "much"}),
     ("qrels", JUDGEMENT | {"score": None}),
     ("qrels", JUDGEMENT | {"score": -1}),
+    ("qrels", JUDGEMENT | {"score": math.nan}),
+    ("qrels", JUDGEMENT | {"score": math.inf}),
+    ("qrels", JUDGEMENT | {"score": 10**400}),
 ], ids=lambda value: json.dumps(value)[:60])
 def test_a_row_that_is_no_row_of_vidore_is_named(tmp_path: Path, part: str, row: object,
                                                  stub: Callable):
     stub(by_content())
     task = write_vidore(tmp_path / "data" / "pages", queries={"words": {0: 1}})
     file = task / part / "test.jsonl"
-    good = file.read_text()
+    good = "" if part == "queries" else file.read_text()  # there is one query
     file.write_text(good + json.dumps(row) + "\n")
     output = tmp_path / "scores.json"
     message = one_line(lambda: score("vidore", output, "--data", tmp_path / "data"))
@@ -546,12 +657,13 @@ def test_a_row_that_is_no_row_of_vidore_is_named(tmp_path: Path, part: str, row:
     assert not output.exists()
 
 
-def test_vidore_takes_no_page_twice(tmp_path: Path, stub: Callable):
+@pytest.mark.parametrize(("part", "row"), [("corpus", CORPUS), ("queries", QUERY)])
+def test_vidore_takes_nothing_twice(tmp_path: Path, part: str, row: dict, stub: Callable):
     stub(by_content())
     task = write_vidore(tmp_path / "data" / "pages")
-    write(task / "corpus" / "other", [CORPUS], "jsonl")
+    write(task / part / "other", [row], "jsonl")
     message = one_line(lambda: score("vidore", tmp_path / "scores.json", "--data", task.parent))
-    assert str(task) in message and "twice" in message
+    assert str(task / part) in message and "twice" in message
 
 
 @pytest.mark.parametrize("part", ["corpus", "queries", "qrels"])
@@ -651,10 +763,8 @@ def test_builtin_gives_all_to_a_model_that_knows(tmp_path: Path, small: None, st
         assert made[name]["recall@1"] == made[name]["recall@10"] == made[name]["ndcg@5"] == 1, name
 
 
-@pytest.mark.parametrize("vector", [constant, not_a_number])
-def test_builtin_gives_nothing_for_a_constant_or_nan(tmp_path: Path, small: None, vector: Vectors,
-                                                     stub: Callable):
-    stub(vector)
+def test_builtin_gives_nothing_for_a_constant(tmp_path: Path, small: None, stub: Callable):
+    stub(constant)
     for name, task in score("builtin", tmp_path / "scores.json")["tasks"].items():
         assert task["recall@1"] == task["recall@10"] == task["ndcg@5"] == 0, name
 
@@ -733,22 +843,70 @@ def test_what_was_interrupted_goes_on_where_it_stopped(
 
 def test_a_file_cut_short_by_a_crash_is_not_taken_for_vectors(
         tmp_path: Path, mmeb_data: Path, counted: list[Record], monkeypatch: pytest.MonkeyPatch):
-    save = np.save
-
-    def cut(file: io.BufferedWriter, vectors: np.ndarray) -> None:
-        save(file, vectors)
-        file.seek(100)
-        file.truncate()
+    def cut(file: Path) -> None:
+        os.truncate(file, 100)
         raise KeyboardInterrupt
 
     output = tmp_path / "scores.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(np, "save", cut)
+        patch.setattr(files, "flush", cut)
         score("mmeb", output, "--data", mmeb_data)
     counted.clear()
     made = score("mmeb", output, "--data", mmeb_data)
     assert made == score("mmeb", tmp_path / "other.json", "--data", mmeb_data)
     assert len(kept_files(output)) == len(kept_files(tmp_path / "other.json"))
+
+
+def other_vectors(good: bytes, shape: tuple[int, ...], kind: type = np.float32) -> bytes:
+    """The bytes of a .npy file of the first numbers of a good one."""
+    file = io.BytesIO()
+    numbers = np.resize(np.load(io.BytesIO(good)), shape)
+    np.save(file, numbers.astype(kind), allow_pickle=kind is object)
+    return file.getvalue()
+
+
+DAMAGES = {
+    "empty": lambda good: b"",
+    "its magic alone": lambda good: good[:8],
+    "cut in its head": lambda good: good[:50],
+    "cut after its head": lambda good: good[:128],
+    "the last byte lost": lambda good: good[:-1],
+    "zeros": lambda good: bytes(len(good)),
+    "an archive": lambda good: b"PK\x03\x04" + good,
+    "text": lambda good: b"vectors\n" * 99,
+    "a head without brackets": lambda good: good.replace(b"{", b"(", 1),
+    "one row": lambda good: other_vectors(good, (1, WIDTH)),
+    "one vector": lambda good: other_vectors(good, (WIDTH,)),
+    "one number": lambda good: other_vectors(good, ()),
+    "doubles": lambda good: other_vectors(good, np.load(io.BytesIO(good)).shape, np.float64),
+    "objects": lambda good: other_vectors(good, np.load(io.BytesIO(good)).shape, object),
+    "NaN": lambda good: good[:-4] + np.float32(np.nan).tobytes(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_kept_vectors_that_are_damaged_are_made_again(
+        tmp_path: Path, mmeb_data: Path, counted: list[Record], damage: str):
+    """The part that was damaged, and no other."""
+    output = tmp_path / "scores.json"
+    made, good = score("mmeb", output, "--data", mmeb_data), kept_files(output)
+    name = sorted(good)[1]
+    damaged = DAMAGES[damage](good[name])
+    assert damaged != good[name]
+    Path(f"{output}.vectors", name).write_bytes(damaged)
+    counted.clear()
+    assert score("mmeb", output, "--data", mmeb_data) == made
+    assert 0 < len(counted) <= 3 and kept_files(output) == good
+
+
+def test_a_folder_in_the_place_of_kept_vectors_is_named(tmp_path: Path, mmeb_data: Path):
+    output = tmp_path / "scores.json"
+    score("mmeb", output, "--data", mmeb_data)
+    (file, *_) = Path(f"{output}.vectors").iterdir()
+    file.unlink()
+    (file / "of the user's").mkdir(parents=True)
+    assert str(file) in one_line(lambda: score("mmeb", output, "--data", mmeb_data))
+    assert (file / "of the user's").is_dir()
 
 
 @pytest.mark.parametrize("flags", [
@@ -819,6 +977,35 @@ def test_another_picture_at_the_same_path_is_embedded(
 
 
 # --- flags ---------------------------------------------------------------------------------------
+
+EVERYWHERE = ("model", "output", "attention", "pooling", "dtype", "device", "processor")
+OWN = {"embed": ("input", "prompt"), "builtin": ("split",), "mmeb": ("data", "images"),
+       "vidore": ("data", "prompt")}
+NEEDED = {"embed": ["--input", "i"], "builtin": [], "mmeb": ["--data", "d"],
+          "vidore": ["--data", "d"]}
+
+
+@pytest.mark.parametrize(("command", "name"), [
+    (command, name) for command, names in OWN.items() for name in EVERYWHERE + names])
+def test_an_empty_value_is_refused_by_its_flag(command: str, name: str, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in ([f"--{name}", ""], [f"--{name}="], [f"--{name}", " \t"]):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--model", "m", "--output", "o", *NEEDED[command], *words])
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and f"--{name}" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["min-pixels", "max-pixels", "max-tokens"])
+@pytest.mark.parametrize("value", ["0", "-5", "1e3", "9" * 400, "", "nan", "99999999999"])
+def test_a_limit_that_cannot_be_is_refused_by_its_flag(name: str, value: str, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["builtin", "--model", "m", "--output", "o", f"--{name}={value}"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and f"--{name}" in error
+
 
 @pytest.mark.parametrize("argv", [
     "builtin --model m",

@@ -1,28 +1,44 @@
 """The command line of `python -m nano_moca.evaluate`, which __init__.py describes."""
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
 
+from nano_moca.batch import MARK
 from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
-from nano_moca.data import make_record, open_rows
+from nano_moca.data import FILE_KINDS, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
-from nano_moca.evaluate.vectors import make_embedder, save_vectors
-from nano_moca.files import write_json
+from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
+from nano_moca.files import MocaError, one_line, regular_file, write_json, writing
 from nano_moca.flags import Parser, main_guard
 from nano_moca.model import POOLINGS
 from nano_moca.report.ranking import Embed, Scores, rank_pairs
+
+BENCHMARKS = {"mmeb": mmeb, "vidore": vidore}
 
 
 def embed_file(args: argparse.Namespace) -> None:
     """The command `embed`."""
     # A wrong line is an error before the model is loaded.
     records = [make_record(*row) for row in open_rows(args.input)]
+
+    # The prompt stands beside what has no words of its own, such as pages.
+    prompted = 0
+    for record in records:
+        words = record.text.replace(MARK, "").strip()
+        if args.prompt and record.images and not words:
+            record.text += f"\n{args.prompt}"
+            prompted += 1
+        if os.path.realpath(args.output) in map(os.path.realpath, image_files(record)):
+            raise MocaError(f"--output {args.output} is an image of {record.source}: write "
+                            "elsewhere")
     embed = make_embedder(args)
     vectors = embed(records)  # [N, D]
     save_vectors(Path(args.output), vectors)
-    print(f"{args.output}: {len(vectors)} unit vectors of width {vectors.shape[1]}")
+    print(f"{one_line(args.output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}, "
+          f"{prompted} of them with the prompt")
 
 
 def score_builtin(embed: Embed, args: argparse.Namespace) -> Scores:
@@ -35,34 +51,51 @@ def score_builtin(embed: Embed, args: argparse.Namespace) -> Scores:
         yield name, rank_pairs(task, embed).scores()
 
 
-SCORERS = {"builtin": score_builtin, "mmeb": mmeb.score_tasks, "vidore": vidore.score_tasks}
+def task_folders(data: str) -> list[Path]:
+    """A benchmark's tasks: the folders in DATA that hold files of data."""
+    folders = []
+    for folder in sorted(Path(data).glob("[!.]*")):
+        if folder.is_dir() and any(file.suffix in FILE_KINDS for file in folder.rglob("*")):
+            folders.append(folder)
+    if not folders:
+        raise MocaError(f"--data {data} holds no task: give a folder with one subfolder per task")
+    return folders
+
+
+def score_tasks(embed: Embed, args: argparse.Namespace) -> Scores:
+    """The scores of all tasks, as each is done."""
+    if args.command == "builtin":
+        yield from score_builtin(embed, args)
+        return
+    for folder in task_folders(args.data):
+        yield from BENCHMARKS[args.command].score_folder(folder, embed, args)
 
 
 def score(args: argparse.Namespace) -> None:
     """The commands that score. What is done stands in the file after each task."""
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     tasks: dict[str, dict[str, float]] = {}
-    for name, scores in SCORERS[args.command](make_embedder(args), args):
-        tasks[name] = scores
-        figures = [f"{key} {value:.4g}" for key, value in scores.items()]
-        print(f"{name:32s}", *figures, flush=True)
-
+    for name, scores in score_tasks(make_embedder(args), args):
         # A task's first figure is the one that its benchmark reports.
+        tasks[name] = scores
         metric = next(iter(scores))
-        means = averages(metric, tasks)
+        means = averages(args.command, metric, tasks)
         content = {"model": args.model, "tasks": tasks, f"average {metric}": means}
-        write_json(output, content)
+        write_json(Path(args.output), content)
+
+        figures = [f"{key} {value:.4g}" for key, value in scores.items()]
+        print(f"{one_line(name):32s}", *figures, flush=True)
 
     # Tasks of another name are in the file, but in no mean of MMEB's.
     shown = "; ".join(f"{name}: {mean:.3f}" for name, mean in means.items())
     print(f"average {metric}:", shown or "no task has a name that the benchmark knows")
 
 
-def averages(metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+def averages(command: str, metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float]:
     """Means over tasks as the benchmark reports them. The count of tasks found is part
     of each name."""
-    groups = mmeb.meta_tasks() if metric == "precision@1" else {"overall": list(tasks)}
+    groups = {"overall": list(tasks)}
+    if command in BENCHMARKS:
+        groups = BENCHMARKS[command].meta_tasks(list(tasks))
 
     # Not all tasks have to be there.
     means = {}
@@ -72,6 +105,28 @@ def averages(metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float
             label = f"{group} ({len(scores)} of {len(members)} tasks)"
             means[label] = float(np.mean(scores))
     return means
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """MocaError, before the work, unless --output can be written and is no file that is
+    read."""
+    output = Path(args.output)
+    fresh = Path(os.path.realpath(output) + ".new")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fresh.touch()
+        fresh.unlink()
+
+    # What an earlier evaluation wrote has its vectors beside it.
+    if output.exists():
+        regular_file(output)
+    if not output.exists() or Path(args.output + ".vectors").is_dir():
+        return
+    for name in ("model", "processor", "input", "data", "images"):
+        given = Path(vars(args).get(name) or os.devnull)
+        for file in (given, *given.rglob("*")):
+            if file.exists() and file.samefile(output):
+                raise MocaError(f"--output {output} is a file of --{name} {given}: write elsewhere")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,11 +148,18 @@ def main(argv: list[str] | None = None) -> None:
     common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if any")
     for limit in ("--min-pixels", "--max-pixels"):
         common.add_argument(limit, type=int, metavar="N", help="default: the checkpoint's")
+    common.add_argument("--max-tokens", type=int, metavar="N",
+                        help="longer texts are shortened; default: as the model was trained")
+    common.add_argument("--processor", metavar="DIR|HUB_ID",
+                        help="whose tokenizer and image limits; default: the model's own")
+    common.add_argument("--allow-extra", action="store_true",
+                        help="leave out tensors that no part of the model wants")
 
     # And on what, which each command says in its own flags.
     shared = {"parents": [common], "allow_abbrev": False}
     command = commands.add_parser("embed", help="items.jsonl to vectors.npy", **shared)
     command.add_argument("--input", required=True, help="JSON lines of text and images")
+    command.add_argument("--prompt", help="put beside images without words")
     command = commands.add_parser("builtin", help="score on the built-in tasks", **shared)
     command.add_argument("--split", choices=("test", "development"), default="test")
     command = commands.add_parser("mmeb", help="score on MMEB", **shared)
@@ -106,13 +168,18 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("vidore", help="score on ViDoRe", **shared)
     command.add_argument("--data", required=True, help="folder with one subfolder per task")
     command.add_argument("--prompt", default="Represent the given document image.",
-                         help="put beside each page")
+                         help="put beside each page (default: %(default)s)")
 
-    # Argparse knows no ranges.
+    # Argparse knows no ranges, and takes "" for the current folder.
     args = parser.parse_args(argv)
-    for limit in (args.min_pixels, args.max_pixels):
-        if limit is not None and limit < 1:
-            parser.error(f"{limit} pixels are too few for an image")
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if not str(value).strip():
+            parser.error(f"{flag} is empty: give a value")
+        if type(value) is int and not 1 <= value < 2**31:
+            parser.error(f"{flag} {str(value)[:20]} is not from 1 to {2**31 - 1}")
+    args.output = str(Path(args.output))  # without a last "/"
+    check_output(args)
     run = embed_file if args.command == "embed" else score
     run(args)
 

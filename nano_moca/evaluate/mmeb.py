@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nano_moca.batch import MARK, Record
-from nano_moca.data import FILE_KINDS, make_record, open_rows
+from nano_moca.data import make_record, open_rows
 from nano_moca.files import MocaError
 from nano_moca.report.ranking import Embed, Scores, cosines
 
@@ -29,37 +29,39 @@ KINDS: dict[str, tuple[str, str]] = {
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
 
-def score_tasks(embed: Embed, args: argparse.Namespace) -> Scores:
-    """The scores of all tasks in --data."""
+def score_folder(folder: Path, embed: Embed, args: argparse.Namespace) -> Scores:
+    """The scores of the task in a folder of --data."""
+    # Many rows have the same sides: each is embedded once.
     images = Path(args.images or args.data)
-    for folder in task_folders(args.data):
-        # Many rows have the same sides: each is embedded once.
-        records: list[Record] = []
-        index_of: dict[Side, int] = {}
-        questions: list[list[int]] = []  # a query, its right candidate, the others
-        for fields, _, source in open_rows(folder, "test*"):
-            try:
-                sides = read_sides(fields)
-                for text, path in sides:
-                    if (text, path) not in index_of:
-                        index_of[text, path] = len(records)
-                        item = {"text": text, "images": [path] if path else []}
-                        records.append(make_record(item, images, source))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise MocaError(f"{source}: not an MMEB row ({error!r}): copy it again") from None
-            questions.append([index_of[side] for side in sides])
+    records: list[Record] = []
+    index_of: dict[Side, int] = {}
+    questions: list[list[int]] = []  # a query, its right candidate, the others
+    for fields, _, source in open_rows(folder, "test*"):
+        try:
+            sides = read_sides(fields)
+            for text, path in sides:
+                if (text, path) not in index_of:
+                    index_of[text, path] = len(records)
+                    item = {"text": text, "images": [path] if path else []}
+                    records.append(make_record(item, images, source))
+                    if path and not (images / path).exists():
+                        raise MocaError(f"{source}: there is no {images / path}: unpack the "
+                                        "benchmark's images.zip, and name its folder by --images")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise MocaError(f"{source}: not an MMEB row ({error!r}): copy it again") from None
+        questions.append([index_of[side] for side in sides])
 
-        # The right candidate has to be above all others, which a tie or NaN is not.
-        vectors = embed(records)
-        right, chance, twice = [], [], 0
-        for query, answer, *others in questions:
-            similarities = cosines(vectors[[query]], vectors[[answer, *others]])[0]  # [C]
-            right.append((similarities[0] > similarities[1:]).all())
-            chance.append(1 / len(similarities))
-            twice += answer in others  # a tie by the data
-        yield folder.name, {
-            "precision@1": float(np.mean(right)), "queries": len(questions),
-            "chance": float(np.mean(chance)), "right candidate given twice": twice}
+    # The right candidate has to be above all others, which a tie is not.
+    vectors = embed(records)
+    right, chance, twice = [], [], 0
+    for query, answer, *others in questions:
+        similarities = cosines(vectors[[query]], vectors[[answer, *others]])[0]  # [C]
+        right.append((similarities[0] > similarities[1:]).all())
+        chance.append(1 / len(similarities))
+        twice += answer in others  # a tie by the data
+    yield folder.name, {
+        "precision@1": float(np.mean(right)), "queries": len(questions),
+        "chance": float(np.mean(chance)), "right candidate given twice": twice}
 
 
 def read_sides(fields: dict) -> list[Side]:
@@ -71,30 +73,21 @@ def read_sides(fields: dict) -> list[Side]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     paths = [paths] if isinstance(paths, str) else list(paths)
 
-    # <|image_1|> marks an image; beside an empty path it means nothing.
+    # <|image_1|> marks an image; beside an empty path it means nothing. What else is in
+    # a text stays, also the line end that closes it: models were trained with it.
     sides = []
     query = (fields["qry_text"], fields["qry_img_path"])
     for text, path in (query, *zip(texts, paths, strict=True)):
         text = text.replace("<|image_1|>", MARK if path else "")
-        sides.append((text.strip(), path or ""))
+        sides.append((text, path or ""))
     if len(sides) < 3:
         raise ValueError("fewer than two candidates")
     return sides
 
 
-def task_folders(data: str) -> list[Path]:
-    """A benchmark's tasks: the folders in DATA that hold files of data."""
-    folders = []
-    for folder in sorted(Path(data).glob("*")):
-        if folder.is_dir() and any(file.suffix in FILE_KINDS for file in folder.rglob("*")):
-            folders.append(folder)
-    if not folders:
-        raise MocaError(f"--data {data} holds no task: give a folder with one subfolder per task")
-    return folders
-
-
-def meta_tasks() -> dict[str, list[str]]:
-    """The tasks over which the benchmark reports a mean, by the name of that mean."""
+def meta_tasks(names: list[str]) -> dict[str, list[str]]:
+    """The tasks over which the benchmark reports a mean, by the name of that mean.
+    names: of the tasks that are there, which need not be all."""
     # Four kinds, two halves across them, and all.
     groups, inside, outside = {}, [], []
     for kind, halves in KINDS.items():

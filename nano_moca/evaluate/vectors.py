@@ -3,7 +3,8 @@
 They are kept by parts of 64 records in <output>.vectors, each part under a hash of its
 content and of what computes it: the model's files, the settings and this package's
 code. So another model, another picture at the same path or a changed line of code never
-meets old vectors.
+meets old vectors. A part that is damaged is computed again. The folder may be deleted
+at any time.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from nano_moca.batch import Record
 from nano_moca.data import record_key
 from nano_moca.embedder import Moca, load
+from nano_moca.files import MocaError, replacing
 from nano_moca.report.ranking import Embed
 from nano_moca.weights import find_checkpoint
 
@@ -28,11 +30,13 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
     """Unit vectors [N, D] float32, in the order of the records.
 
     All records are checked before the first is embedded. kept: a folder for the vectors
-    of each part, to be found again by identity (of the model) and content.
+    of each part, to be found again by identity (of the model) and content. MocaError
+    names a record whose vector is not finite.
     """
     # The longest first: too little memory shows at once, and records of one length
     # share an attention call.
-    lengths = [len(moca.processor.encode(record).tokens) for record in records]
+    encode = moca.processor.encode
+    lengths = [len(encode(record, moca.max_tokens).tokens) for record in records]
     order = sorted(range(len(records)), key=lambda index: -lengths[index])
 
     vectors = np.empty((len(records), moca.model.config.width), np.float32)
@@ -43,12 +47,16 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
 
         # Kept from an earlier call, if it was stopped or asked the same.
         file = kept / f"{content_hash(part, identity)}.npy" if kept else None
-        if file and file.is_file():
-            vectors[index] = np.load(file)
-            continue
-        vectors[index] = moca.embed(part).numpy()
-        if file:
-            save_vectors(file, vectors[index])
+        found = read_vectors(file, vectors[index].shape) if file else None
+        if found is None:
+            found = moca.embed(part).numpy()
+            for record, vector in zip(part, found, strict=True):
+                if not np.isfinite(vector).all():
+                    raise MocaError(f"{record.source}: its vector is not finite: try --dtype "
+                                    "float32, or another checkpoint")
+            if file:
+                save_vectors(file, found)
+        vectors[index] = found
     return vectors
 
 
@@ -59,29 +67,47 @@ def content_hash(records: list[Record], identity: str) -> str:
     files, keys = [], []
     for record in records:
         keys.append(record_key(record))
-        for image in record.images:
-            if isinstance(image, Path):
-                files.append(hashlib.sha256(image.read_bytes()).digest())
+        for file in image_files(record):
+            files.append(hashlib.sha256(file.read_bytes()).digest())
     content = repr((identity, files, keys)).encode(errors="surrogatepass")
     return hashlib.sha256(content).hexdigest()[:32]
 
 
+def image_files(record: Record) -> list[Path]:
+    """Those of a record's images that are files."""
+    return [image for image in record.images if isinstance(image, Path)]
+
+
 def save_vectors(path: Path, vectors: np.ndarray) -> None:
-    """vectors [N, D]. The file gets its name once it is complete."""
-    # A rename happens or does not: no file is half written under its name.
+    """vectors [N, D] as a .npy file, which gets its name once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    with open(fresh, "wb") as file:
-        np.save(file, vectors)
-    fresh.replace(path)
+    header = np.lib.format.header_data_from_array_1_0(vectors)
+    with replacing(path) as fresh, open(fresh, "wb") as file:
+        # Not by np.save: it does not notice if the last bytes find no room.
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(vectors.data)
+
+
+def read_vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The vectors of a file, [N, D]; None if it is absent, or not as it was written."""
+    try:
+        with open(path, "rb") as file:
+            vectors = np.lib.format.read_array(file)  # no pickles
+    # What numpy raises for a damaged file is of many kinds.
+    except Exception:
+        return None
+    whole = vectors.shape == shape and vectors.dtype == np.float32 and np.isfinite(vectors).all()
+    return vectors if whole else None
 
 
 def make_embedder(args: argparse.Namespace) -> Embed:
     """The model that the flags ask for, with its vectors kept beside the output."""
     folder = find_checkpoint(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    asked = {name: getattr(args, name) for name in ("max_tokens", "processor", "allow_extra")}
+    given = {name: value for name, value in asked.items() if value}
     moca = load(folder, args.device, dtype, args.attention, args.pooling,
-                args.min_pixels, args.max_pixels)
+                args.min_pixels, args.max_pixels, **given)
 
     # What the vectors depend on, beside the records; this code is part of it.
     files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
@@ -90,8 +116,9 @@ def make_embedder(args: argparse.Namespace) -> Embed:
     for file in files:
         status = file.stat()
         stamps.append((file.name, status.st_size, status.st_mtime_ns))
-    pixels = (moca.processor.min_pixels, moca.processor.max_pixels)
-    settings = (moca.attention, moca.pooling, moca.model.head.dtype, pixels)
-    identity = repr((str(folder.resolve()), sorted(stamps), settings))
-    kept = Path(args.output + ".vectors") if args.command != "embed" else None
+    settings = (moca.attention, moca.pooling, moca.model.head.dtype, moca.max_tokens)
+    images = (moca.processor.image, moca.processor.min_pixels, moca.processor.max_pixels)
+    words = moca.processor.tokenizer.to_str()
+    identity = repr((str(folder.resolve()), sorted(stamps), settings, images, words))
+    kept = Path(args.output + ".vectors")
     return lambda records: embed_records(moca, records, kept, identity)

@@ -3,10 +3,14 @@
 The scores must not reward a collapsed model. Ties and NaN count as wrong, so a model
 that maps everything to one point scores 0 (the released code counts both as right),
 and each score comes with what guessing would reach.
+
+A query may stand in several pairs, each with another right answer, such as a picture with
+five captions. Then each pair is scored as if the other right answers were not there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,25 +30,43 @@ class Ranking:
     right: np.ndarray  # [Q] int64: the candidate that each query should find
     similarities: np.ndarray  # [Q, C] cosines
 
+    @cached_property
+    def also_right(self) -> np.ndarray:
+        """Which candidates an equal query should find, [Q, C] bool: the same question
+        may have several answers, each in a pair of its own."""
+        answers: dict[tuple, list[int]] = {}
+        keys = [record_key(query) for query in self.queries]
+        for key, answer in zip(keys, self.right.tolist(), strict=True):
+            answers.setdefault(key, []).append(answer)
+
+        # A query's own answer is among them.
+        also = np.zeros(self.similarities.shape, bool)
+        for row, key in zip(also, keys, strict=True):
+            row[answers[key]] = True
+        return also
+
     def places(self) -> np.ndarray:
-        """The place of each query's right answer, from 1: [Q] int64."""
+        """The place of each query's right answer, from 1, among all candidates but its
+        other right answers: [Q] int64."""
         own = np.take_along_axis(self.similarities, self.right[:, None], 1)  # [Q, 1]
         below = self.similarities < own  # [Q, C]
 
-        # All that is not below stands before it (or is it): ties and NaN count against
-        # it, or a model that maps everything to one point would be perfect.
-        return (~below).sum(1)
+        # All that is not below stands before it: ties and NaN count against it, or a
+        # model that maps everything to one point would be perfect.
+        before = ~below & ~self.also_right
+        return 1 + before.sum(1)
 
     def scores(self) -> dict[str, float]:
         """Recall@1 and @10, nDCG@5 with the one right answer, and what guessing would
         score."""
         places = self.places()
-        count = len(self.candidates)
+        ranked = 1 + (~self.also_right).sum(1)  # [Q]: its own answer, and all wrong ones
         gains = np.where(places <= 5, 1 / np.log2(1 + places), 0.0)  # [Q]
         return {
             "recall@1": float((places <= 1).mean()), "recall@10": float((places <= 10).mean()),
-            "ndcg@5": float(gains.mean()), "queries": len(places), "candidates": count,
-            "chance recall@1": 1 / count, "chance recall@10": min(1.0, 10 / count)}
+            "ndcg@5": float(gains.mean()), "queries": len(places),
+            "candidates": len(self.candidates), "chance recall@1": float((1 / ranked).mean()),
+            "chance recall@10": float(np.minimum(1, 10 / ranked).mean())}
 
 
 def rank_pairs(pairs: Sequence[Pair], embed: Embed) -> Ranking:

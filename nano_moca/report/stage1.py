@@ -4,12 +4,13 @@ Tokens could be restored from other tokens alone, and patches from their neighbo
 So the report asks: how many masked tokens are restored with the right picture, a wrong
 one, and none; and how well are masked patches restored with all words visible, and
 with no words. All on records drawn after those of the last step, which are unseen
-within the first epoch. `reconstruction.png` shows some of them masked, restored and as
-they were.
+within the first epoch; the report says so. `reconstruction.png` shows some of them
+masked, restored and as they were.
 
 Whatever runs the model is called on all ranks, as a sharded model needs.
 """
 
+import math
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,16 @@ from torch import Tensor
 from nano_moca.batch import Batch, EncodedRecord
 from nano_moca.batches import TokenBatches
 from nano_moca.distributed import World
-from nano_moca.files import MocaError, write_json
+from nano_moca.files import MocaError, one_line, write_json
 from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
 from nano_moca.report.curves import plot_losses
+from nano_moca.report.pictures import picture
 
 REPORT_TOKENS = 8192  # of unseen records
 Items = list[tuple[int, EncodedRecord]]  # (number in the run, record)
+View = tuple[np.ndarray, str]  # a record's picture [height, width, 3], and its words
 
 
 def write_report(flags: Any, world: World, model: ReconstructionModel, processor: Processor,
@@ -42,6 +45,7 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
     """
     output = Path(flags.output)
     scores = mean_losses(lines)
+    columns: list[list[View]] = []
     try:
         items = [item for item in next(unseen).micro_batches[0] if item[1].grids]
         if items and flags.objective == "restore":
@@ -50,22 +54,26 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
 
             # A column of the picture has room for one image.
             shown = [item for item in items if len(item[1].grids) == 1][:8]
-            if shown:
-                path = output / "reconstruction.png"
-                plot_restorations(path, model, processor, shown, *masking, world, causal)
+            columns = restorations(model, processor, shown, *masking, world, causal)
     except MocaError as error:
         # The model is saved already: a bad record only costs the report.
         if world.main:
             print(f"no report on unseen records: {error}", flush=True)
 
-    # The figures, which need no model.
+    # The scores first: they are what counts.
     if world.main:
-        plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
         write_json(output / "scores.json", scores)
+        seen = "seen before" if unseen.state["epoch"] else "unseen"
+        print(f"judged by: the records that would have come next, {seen}")
         for name, value in scores.items():
             figure = "not measured" if value is None else f"{value:.3f}"
             print(f"{name:>42s}  {figure}")
-        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+
+        # The pictures need no model.
+        plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
+        if columns:
+            plot_restorations(output / "reconstruction.png", columns)
+        print(f"{one_line(output)}: the model is in model/, beside it scores.json and the pictures")
 
 
 def mean_losses(lines: list[dict]) -> dict[str, float]:
@@ -99,12 +107,10 @@ def cross_modal_report(
     """
     # Every record in three forms, masked by the same random numbers in each.
     special = processor.special_tokens.numpy()
-    keys, records, wordless, pictureless = [], [], [], []
-    for number, record in items:
-        keys.append((seed, number))
-        records.append(record)
-        wordless.append(only(record, special, words=False))
-        pictureless.append(only(record, special, words=True))
+    keys = [(seed, number) for number, _ in items]
+    records = [record for _, record in items]
+    wordless = [only(record, special, words=False) for record in records]
+    pictureless = [only(record, special, words=True) for record in records]
 
     def words_restored(batch: Batch) -> float | None:
         masked = mask_batch(batch, processor, text_mask, 0.0, keys)
@@ -139,8 +145,9 @@ def cross_modal_report(
 
 
 def mean(values: Tensor) -> float | None:
-    """The mean of all values; None if there are none."""
-    return float(values.float().mean()) if len(values) else None
+    """The mean of all values; None if there are none, or if it is not finite."""
+    value = float(values.float().mean())  # NaN if there are none
+    return value if math.isfinite(value) else None
 
 
 def only(record: EncodedRecord, special: np.ndarray, words: bool) -> EncodedRecord:
@@ -172,21 +179,18 @@ def other_pictures(batch: Batch) -> Tensor | None:
     return torch.cat(swapped) if 10 * kept <= len(images) else None
 
 
-def plot_restorations(
-        path: Path, model: ReconstructionModel, processor: Processor, items: Items,
-        text_mask: float, image_mask: float, seed: int, world: World, causal: bool) -> None:
-    """One column per record: masked, restored, original; below each picture, the words.
+def restorations(
+        model: ReconstructionModel, processor: Processor, items: Items, text_mask: float,
+        image_mask: float, seed: int, world: World, causal: bool) -> list[list[View]]:
+    """Each record masked, restored and as it was.
 
     items: records with one image each. A masked group is grey (the model gets noise
-    there), a masked token is _; in the second row, [words] and masked groups are the
+    there), a masked token is _; of what is restored, [words] and masked groups are the
     model's.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure((2.1 * len(items), 8), layout="tight")
-    axes = figure.subplots(3, len(items), squeeze=False)
     decode = processor.tokenizer.decode
-    for column, (number, record) in enumerate(items):
+    columns = []
+    for number, record in items:
         batch = processor.pack([record])
         masked = mask_batch(batch, processor, text_mask, image_mask, [(seed, number)])
         tokens, pixels = restore(model, masked, world.device, causal)
@@ -207,15 +211,25 @@ def plot_restorations(
             blanks[index] = " _"
             answers[index] = f" [{decode([token]).strip()}]"
 
-        # parse_math: a $ in a text is a dollar.
-        shown = (grey, blanks), (restored, answers), (original, words)
-        for axis, (groups, parts) in zip(axes[:, column], shown, strict=True):
+        # As pictures, with the words beside them.
+        column = []
+        for groups, parts in (grey, blanks), (restored, answers), (original, words):
             patches = groups.reshape(batch.patches.shape)  # [P, 1176]
-            axis.imshow(processor.unpatchify(patches, record.grids[0]))
-            text = "\n".join(textwrap.wrap("".join(parts), 28)[:4])
-            axis.set_xlabel(text, fontsize=7, parse_math=False)
-            axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
-        axis.set_ylabel(name)
-    if world.main:
-        figure.savefig(path, dpi=110)
+            column.append((processor.unpatchify(patches, record.grids[0]), "".join(parts)))
+        columns.append(column)
+    return columns
+
+
+def plot_restorations(path: Path, columns: list[list[View]]) -> None:
+    """One column per record, as `restorations` gives them: masked, restored, original;
+    below each picture, the words."""
+    with picture(path, (2.1 * len(columns), 8), dpi=110) as figure:
+        axes = figure.subplots(3, len(columns), squeeze=False)
+        for column, views in zip(axes.T, columns, strict=True):
+            for axis, (pixels, words) in zip(column, views, strict=True):
+                axis.imshow(pixels)
+                text = "\n".join(textwrap.wrap(words, 28)[:4])
+                axis.set_xlabel(text, fontsize=7)
+                axis.set(xticks=[], yticks=[])
+        for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
+            axis.set_ylabel(name)

@@ -15,13 +15,15 @@ from nano_moca.batch import Record
 from nano_moca.data import load_tasks
 from nano_moca.distributed import World
 from nano_moca.embedder import Moca
-from nano_moca.files import MocaError, write_json
+from nano_moca.files import MocaError, one_line, write_json
 from nano_moca.processor import open_image
 from nano_moca.report.curves import plot_losses
+from nano_moca.report.pictures import picture
 from nano_moca.report.ranking import Ranking, rank_pairs
 from nano_moca.trainer import skip_list
 
 REPORT_PAIRS = 200  # of each task
+SHOWN = 12  # tasks in a picture, the first ones
 
 
 def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> None:
@@ -45,48 +47,48 @@ def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> Non
             pairs = [task[index] for index in range(min(REPORT_PAIRS, len(task)))]
             rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
             scores[name] = rankings[name].scores()
-        if world.main and rankings:  # none, if every pair was unusable
-            plot_retrieval(output / "retrieval.png", rankings)
-            plot_similarity(output / "similarity.png", rankings)
     except MocaError as error:
         # The model is saved already: a bad pair only costs the report.
         if world.main:
-            print(f"no report on {held_out}: {error}", flush=True)
+            print(f"no report on {one_line(held_out)}: {error}", flush=True)
 
-    # The figures, which need no model.
+    # The scores first: they are what counts.
     if world.main:
-        plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
         write_json(output / "scores.json", {"pairs": held_out, "tasks": scores})
         note = ", learned from" if held_out == flags.data else ""
-        print(f"ranked: pairs of {held_out}{note}")
+        print(f"ranked: pairs of {one_line(held_out)}{note}")
         for name, figures in scores.items():
             shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
-            print(f"{name:>24s}  {shown}")
-        print(f"{output}: the model is in model/, beside it scores.json and the pictures")
+            print(f"{one_line(name):>24s}  {shown}")
+
+        # The pictures need no model. Without a usable pair there is nothing to show.
+        plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
+        if rankings:
+            plot_retrieval(output / "retrieval.png", rankings)
+            plot_similarity(output / "similarity.png", rankings)
+        print(f"{one_line(output)}: the model is in model/, beside it scores.json and the pictures")
 
 
 def plot_retrieval(path: Path, rankings: dict[str, Ranking]) -> None:
-    """One row per task: a query, and its five best answers from left to right; the
-    right one is framed, if it is among them."""
-    from matplotlib.figure import Figure
+    """One row per task: a query, and its five best answers from left to right; right
+    ones are framed."""
+    shown = list(rankings.items())[:SHOWN]
+    with picture(path, (12.5, 2.2 * len(shown)), dpi=100) as figure:
+        axes = figure.subplots(len(shown), 6, squeeze=False)
+        for row, (name, ranking) in zip(axes, shown, strict=True):
+            # The one in the middle: nobody chose it.
+            query = len(ranking.queries) // 2
+            show_record(row[0], ranking.queries[query], f"{one_line(name)[:20]}: query")
+            similarities = ranking.similarities[query]  # [C]
+            best = np.argsort(-similarities, kind="stable")[:5].tolist()
+            for axis, answer in zip(row[1:], best, strict=False):
+                show_record(axis, ranking.candidates[answer], f"cosine {similarities[answer]:.2f}")
+                if ranking.also_right[query, answer]:
+                    axis.spines[:].set(edgecolor="#1a9c3e", linewidth=4)
 
-    figure = Figure((12.5, 2.2 * len(rankings)), layout="tight")
-    axes = figure.subplots(len(rankings), 6, squeeze=False)
-    for row, (name, ranking) in zip(axes, rankings.items(), strict=True):
-        # The one in the middle: nobody chose it.
-        query = len(ranking.queries) // 2
-        show_record(row[0], ranking.queries[query], f"{name}: query")
-        similarities = ranking.similarities[query]  # [C]
-        best = np.argsort(-similarities, kind="stable")[:5].tolist()
-        for axis, answer in zip(row[1:], best, strict=False):
-            show_record(axis, ranking.candidates[answer], f"cosine {similarities[answer]:.2f}")
-            if answer == ranking.right[query]:
-                axis.spines[:].set(edgecolor="#1a9c3e", linewidth=4)
-
-        # There may be fewer than five.
-        for axis in row[1 + len(best) :]:
-            axis.axis("off")
-    figure.savefig(path, dpi=100)
+            # There may be fewer than five.
+            for axis in row[1 + len(best) :]:
+                axis.axis("off")
 
 
 def show_record(axis: Any, record: Record, title: str) -> None:
@@ -94,28 +96,27 @@ def show_record(axis: Any, record: Record, title: str) -> None:
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
     if record.images:
-        axis.imshow(open_image(record.images[0], record.source, decode=True))
+        image = open_image(record.images[0], record.source, decode=True)
+        image.thumbnail((480, 480))
+        axis.imshow(image)
 
     # Without special tokens, and no more than fits.
     words = re.sub(r"<\|\w+\|>", "", record.text)
     text = "\n".join(textwrap.wrap(words, 26)[:7])
-    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, parse_math=False,
-              transform=axis.transAxes)
+    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, transform=axis.transAxes)
 
 
 def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
     """One panel per task: cosines of its first queries (down) with their right answers
     (across)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((2.6 * len(rankings) + 0.6, 3), layout="constrained")
-    axes = figure.subplots(1, len(rankings), squeeze=False)
-    for axis, (name, ranking) in zip(axes[0], rankings.items(), strict=True):
-        # The diagonal is what each query should find.
-        similarities = ranking.similarities[:size][:, ranking.right[:size]]
-        drawn = axis.imshow(similarities, vmin=-0.2, vmax=1)
-        axis.set(title=name, xlabel="answers", xticks=[], yticks=[])
-        axis.title.set_fontsize(9)
-    axes[0, 0].set_ylabel("queries")
-    figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
-    figure.savefig(path, dpi=120)
+    shown = list(rankings.items())[:SHOWN]
+    with picture(path, (2.6 * len(shown) + 0.6, 3), dpi=120, layout="constrained") as figure:
+        axes = figure.subplots(1, len(shown), squeeze=False)
+        for axis, (name, ranking) in zip(axes[0], shown, strict=True):
+            # The diagonal is what each query should find.
+            similarities = ranking.similarities[:size][:, ranking.right[:size]]
+            drawn = axis.imshow(similarities, vmin=-0.2, vmax=1)
+            axis.set(title=one_line(name)[:28], xlabel="answers", xticks=[], yticks=[])
+            axis.title.set_fontsize(9)
+        axes[0, 0].set_ylabel("queries")
+        figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)

@@ -1,0 +1,292 @@
+"""What a run says at its end: the scores whatever happens to the pictures, and what counts as
+right where a question has several answers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nano_moca import Moca, MocaError, Record
+from nano_moca.batch import Pair
+from nano_moca.distributed import World
+from nano_moca.report import stage1, stage2
+from nano_moca.report.curves import plot_losses
+from nano_moca.report.pictures import picture
+from nano_moca.report.ranking import Ranking, rank_pairs
+from nano_moca.report.stage1 import mean
+
+MAIN, OTHER = (World(rank, 2, torch.device("cpu"), torch.float32) for rank in (0, 1))
+LINES = [{"step": step, "loss": 1 / step, "accuracy": 0.5, "mlm_loss": 1 / step, "mae_loss": 0.5}
+         for step in range(1, 4)]
+
+# --- pictures -------------------------------------------------------------------------------------
+
+TEXTS = {
+    "dollars": "prices (US$, 100% of AU$)", "a formula": r"$\frac{1}{", "an odd dollar": "5$",
+    "braces": "}{^_\\", "an unknown command": r"$\unknown$", "a surrogate": "\ud800", "empty": "",
+    "lines": "one\ntwo\r\nthree\x85four", "control characters": "\x00\x1b[31m\x07",
+    "long": "ab" * 5000, "long words": "word " * 2000, "Chinese": "文档检索",
+    "right to left": "مستندات עברית",
+    "emoji": "👩\u200d💻", "private": "\ue000", "beyond": "\U0010ffff",
+}
+
+
+def save(path: Path, text: str = "a title") -> None:
+    """A small picture with a text at every place that texts have."""
+    with picture(path, (3, 2), dpi=50) as figure:
+        axis = figure.subplots()
+        axis.set(title=text, xlabel=text, ylabel=text)
+        axis.set_xticks([0, 1], [text, text])
+        axis.text(0.5, 0.5, text)
+
+
+def is_picture(path: Path) -> bool:
+    """A whole PNG."""
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and min(image.size) > 50
+
+
+@pytest.mark.parametrize("text", [text for name, text in TEXTS.items() if "surrogate" not in name],
+                         ids=lambda text: ascii(text)[:20])
+def test_no_text_is_a_formula_nor_a_warning(tmp_path: Path, text: str, capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save(tmp_path / "a.png", text[:200])
+    assert is_picture(tmp_path / "a.png") and not caught
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("two\nlines"), MocaError("a broken image"), MemoryError(), KeyError("loss"),
+    OSError(28, "No space left on device"), RuntimeError("")], ids=repr)
+def test_a_picture_that_fails_is_one_line(tmp_path: Path, error: Exception, capsys):
+    """And what stood there stays."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+    with picture(path, (3, 2), dpi=50) as figure:
+        figure.subplots()
+        raise error
+    said = capsys.readouterr().out
+    assert said.startswith("no picture a.png: ") and said.count("\n") == 1
+    assert len(said) > len("no picture a.png: \n")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interruption_is_no_failed_picture(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), picture(tmp_path / "a.png", (3, 2), dpi=50):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("size", [0, 100, 2000])
+def test_a_full_disk_costs_the_picture_alone(tmp_path: Path, size: int, full_disk: Callable):
+    path = tmp_path / "a.png"
+    save(path)
+    good, said = path.read_bytes(), io.StringIO()
+    with contextlib.redirect_stdout(said), full_disk(size):
+        save(path, "another title")
+    assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
+    assert f"{path} cannot be written" in said.getvalue()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, capsys):
+    for place in (tmp_path, tmp_path / "gone" / "a.png"):
+        save(place)
+        assert str(place) in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_losses_of_a_log_that_lacks_one(tmp_path: Path, capsys):
+    plot_losses(tmp_path / "loss.png", LINES, ["loss", "absent"])
+    assert "no picture" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+# --- stage 2 --------------------------------------------------------------------------------------
+
+def report(folder: Path, moca: Moca, names: list[str], world: World = MAIN) -> dict | None:
+    """The report on three pairs of each task; its scores."""
+    data = folder / "pairs.jsonl"
+    rows = []
+    for name in names:
+        for number in range(3):
+            query, positive = {"text": f"a question {number}"}, {"text": f"an answer {number}"}
+            rows.append({"task": name, "kind": "text-only", "query": query, "positive": positive})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = folder / "run"
+    output.mkdir(exist_ok=True)
+    flags = Namespace(output=str(output), data=str(data), held_out=None, on_error="stop")
+    stage2.write_report(flags, world, moca, LINES)
+    scores = output / "scores.json"
+    return json.loads(scores.read_text(encoding="ascii")) if scores.exists() else None
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_no_name_of_a_task_costs_scores_or_pictures(tmp_path: Path, moca: Moca, half: int, capsys):
+    names = list(TEXTS.values())[half::2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = report(tmp_path, moca, names)
+    assert list(scores["tasks"]) == names and len(names) <= stage2.SHOWN
+    for file in ("loss.png", "retrieval.png", "similarity.png"):
+        assert is_picture(tmp_path / "run" / file)
+    said = capsys.readouterr().out
+    assert said.count("\n") == len(names) + 2 and "no picture" not in said
+    assert "\x1b" not in said and "\x00" not in said
+
+
+def test_many_tasks_are_all_scored_and_not_all_drawn(tmp_path: Path, moca: Moca):
+    names = [f"task {number}" for number in range(60)]
+    scores = report(tmp_path, moca, names)
+    assert list(scores["tasks"]) == names
+    for file in ("retrieval.png", "similarity.png"):
+        with Image.open(tmp_path / "run" / file) as image:
+            assert max(image.size) < 5000
+
+
+def test_scores_come_before_pictures(tmp_path: Path, moca: Moca, monkeypatch, capsys):
+    """Each picture fails in its own way; none keeps the next from being drawn."""
+    drawn = []
+
+    def fail(axis: object, record: Record, title: str) -> None:
+        drawn.append((tmp_path / "run" / "scores.json").exists())
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(stage2, "show_record", fail)
+    assert report(tmp_path, moca, ["one"])["tasks"]["one"]["queries"] == 3
+    assert drawn == [True]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "loss.png", "scores.json", "similarity.png"]
+    said = capsys.readouterr().out
+    assert said.count("no picture") == 1 and "retrieval.png: no font" in said
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, moca: Moca, capsys):
+    assert report(tmp_path, moca, ["one"], OTHER) is None
+    assert not list((tmp_path / "run").iterdir()) and capsys.readouterr().out == ""
+
+
+def test_a_large_picture_is_drawn_small(tmp_path: Path):
+    """And what the caller holds stays as it is."""
+    large = Image.new("RGB", (3000, 2000))
+    shown = []
+    axis = SimpleNamespace(set=lambda **_: 0, set_title=lambda *_, **__: 0, imshow=shown.append,
+                           text=lambda *_, **__: 0, transAxes=None)
+    stage2.show_record(axis, Record("<|image_pad|>", [large]), "title")
+    assert shown[0].size == (480, 320) and large.size == (3000, 2000)
+
+
+# --- stage 1 --------------------------------------------------------------------------------------
+
+class Unseen:
+    """What would come next: nothing that holds an image."""
+
+    def __init__(self, epoch: int) -> None:
+        self.state = {"epoch": epoch}
+
+    def __next__(self) -> SimpleNamespace:
+        return SimpleNamespace(micro_batches=[[]])
+
+
+@pytest.mark.parametrize(("epoch", "said"), [(0, "next, unseen"), (1, "next, seen before"),
+                                             (7, "next, seen before")])
+def test_the_report_says_whether_its_records_were_seen(tmp_path: Path, epoch: int, said: str,
+                                                       capsys):
+    flags = Namespace(output=str(tmp_path), objective="restore")
+    stage1.write_report(flags, MAIN, None, None, Unseen(epoch), LINES, False)
+    assert said in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["mae_loss, last tenth"] == 0.5
+
+
+def test_restorations_are_drawn_by_the_main_rank_after_the_scores(tmp_path: Path, monkeypatch,
+                                                                  capsys):
+    """The model runs on all ranks, whatever becomes of the picture."""
+    ran = []
+    views = [[(np.zeros((28, 28, 3)), text) for text in ("$a $b", "[$] 文", "\x00" * 99)]] * 2
+    record = SimpleNamespace(grids=[(1, 2, 2)])
+    batch = SimpleNamespace(micro_batches=[[(0, record)]])
+    monkeypatch.setattr(Unseen, "__next__", lambda _: batch)
+    monkeypatch.setattr(stage1, "cross_modal_report", lambda *_: {"words restored": None})
+    monkeypatch.setattr(stage1, "restorations", lambda *_: ran.append(1) or views)
+    flags = Namespace(output=str(tmp_path), objective="restore", text_mask=0.4, image_mask=0.5,
+                      seed=0)
+    stage1.write_report(flags, OTHER, None, None, Unseen(0), LINES, False)
+    assert ran == [1] and not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    stage1.write_report(flags, MAIN, None, None, Unseen(0), LINES, False)
+    assert is_picture(tmp_path / "reconstruction.png") and is_picture(tmp_path / "loss.png")
+    assert json.loads((tmp_path / "scores.json").read_text())["words restored"] is None
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    ([], None), ([1.0, 2.0], 1.5), ([1.0, math.nan], None), ([math.inf], None),
+    ([True, False, False, True], 0.5)])
+def test_no_mean_is_other_than_a_number(values: list, expected: float | None):
+    assert mean(torch.tensor(values)) == expected
+
+
+# --- a question's other right answers -------------------------------------------------------------
+
+def vector(angle: float) -> np.ndarray:
+    """A unit vector in the plane."""
+    return np.array([math.cos(angle), math.sin(angle)], np.float32)
+
+
+ANGLES = {"q": 0.0, "a": 0.3, "b": 0.2, "c": 0.1, "other": 1.0, "wrong": 0.25, "far": 3.0}
+
+
+def ranking(*pairs: tuple[str, ...]) -> Ranking:
+    """Of pairs (query, answer, hard negatives), by their angles."""
+    made = [Pair(Record(query), Record(answer), [Record(text) for text in negatives])
+            for query, answer, *negatives in pairs]
+    return rank_pairs(made, lambda records: np.stack([vector(ANGLES[r.text]) for r in records]))
+
+
+def test_other_right_answers_do_not_count_against_an_answer():
+    """q finds c, b, a in this order, and nothing wrong before them."""
+    made = ranking(("q", "a"), ("q", "b"), ("q", "c"), ("other", "far"))
+    assert made.places().tolist() == [1, 1, 1, 4]
+    scores = made.scores()
+    assert scores["recall@1"] == 3 / 4 and scores["candidates"] == 4
+    assert scores["chance recall@1"] == pytest.approx((1 / 2 + 1 / 2 + 1 / 2 + 1 / 4) / 4)
+
+
+def test_what_is_wrong_still_counts():
+    """Another question's answer and a hard negative: before a, behind b."""
+    assert ranking(("q", "a", "wrong"), ("q", "b"), ("other", "c")).places().tolist() == [
+        3, 2, 4]
+
+
+def test_a_right_answer_listed_as_a_negative_is_right():
+    made = ranking(("q", "a", "b", "wrong"), ("q", "b", "a"))
+    assert made.places().tolist() == [2, 1]
+    assert made.also_right.tolist() == [[True, True, False]] * 2
+
+
+def test_questions_are_equal_by_text_and_pictures():
+    red, blue, again = (Image.new("RGB", (56, 56), colour) for colour in ("red", "blue", "red"))
+    pairs = [Pair(Record("what?", [image]), Record(text), []) for image, text in
+             ((red, "a"), (blue, "b"), (again, "c"))]
+    made = rank_pairs(pairs, lambda records: np.ones((len(records), 2), np.float32))
+    assert made.also_right.tolist() == [[True, False, True], [False, True, False],
+                                        [True, False, True]]
+    assert made.places().tolist() == [2, 3, 2]  # all ties
+
+
+def test_ties_and_nan_still_count_as_wrong():
+    pairs = [Pair(Record("q"), Record(text), []) for text in "ab"] + [
+        Pair(Record("other"), Record("c"), [])]
+    for value in (1.0, math.nan):
+        made = rank_pairs(pairs, lambda records: np.full((len(records), 2), value, np.float32))
+        assert made.places().tolist() == [2, 2, 3]
+        assert made.scores()["recall@1"] == 0
