@@ -18,7 +18,6 @@ unpacked; memory grows with nothing but the names in an archive.
 
 import ast
 import json
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
