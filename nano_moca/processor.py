@@ -131,24 +131,25 @@ def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Ima
     except Exception as error:
         what = reason(error).partition(" <")[0]  # without an object's address
         raise MocaError(f"{source}: the image {name} cannot be used ({what}): give a sound file, "
-                        "its bytes, or an array uint8 [height, width, 3]") from None
+                        "its bytes, or an array, uint8 [height, width, 3]") from None
 
 
 def read_image(image: ImageLike) -> Image.Image:
     """A PIL image; of a file, only its header is decoded. No file stays open: a process
     may hold only so many. Errors of many kinds."""
+    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = Image.fromarray(np.asarray(image))
     if isinstance(image, (str, Path)):
         image = regular_file(Path(image)).read_bytes()
 
-    # A PNG's metadata may stand behind its pixels, found only by decoding them.
-    late = True
+    content = image
     if not isinstance(image, Image.Image):
-        content = image
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        late = image.format == "PNG" and any(name in content for name in PNG_METADATA)
-    if late and "exif" not in image.info:
+
+    # A PNG's metadata may stand behind its pixels, found only by decoding them. A picture
+    # that was handed over is decoded at once: it stays where it is anyway.
+    if "exif" not in image.info and (image is content or any(m in content for m in PNG_METADATA)):
         image.load()
 
     # Converting 16 or 32 bits would clip them: all white, or all black.
@@ -163,14 +164,15 @@ def read_image(image: ImageLike) -> Image.Image:
 def image_settings(content: dict, config: Config, file: str) -> dict:
     """The settings in an image processor's file, with the limits of an image's area.
     MocaError for a key that is unknown, or that says what is not done here."""
+    # The sizes have to be those of the weights.
     vision = config.vision
     table = SETTINGS | {"patch_size": (vision.patch,), "merge_size": (vision.merge,),
                         "temporal_patch_size": (vision.frames,)}
+
+    # As in transformers, what stands beside a size comes before what stands in it.
     size = content.get("size") or {}
     if not isinstance(size, dict):
         raise MocaError(f"{file}: size is {size!r}: give shortest_edge and longest_edge")
-
-    # As in transformers, what stands beside a size comes before what stands in it.
     settings = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
     for key, value in (size | content).items():
         key = EDGES.get(key, key)
@@ -181,10 +183,13 @@ def image_settings(content: dict, config: Config, file: str) -> dict:
         if key != "size" and (value is not None or key not in settings):
             settings[key] = value
 
+    # Numbers are looked at as a whole, with what a caller gave in place of the file's.
     low, high = settings["min_pixels"], settings["max_pixels"]
     if type(low) is not int or type(high) is not int or not 0 < low <= high < 10**9:
         raise MocaError(f"{file}: min_pixels {low!r} and max_pixels {high!r}: correct it, or "
                         "--min-pixels and --max-pixels, to whole numbers above 0 in this order")
+
+    # Pixels are 0..1 here, and are divided by their deviation.
     for key, clip, least in (("image_mean", CLIP_MEAN, 0), ("image_std", CLIP_STD, 0.001)):
         values = settings.setdefault(key, clip)
         values = values if isinstance(values, list) else []

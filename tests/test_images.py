@@ -233,7 +233,7 @@ def test_arrays_and_tensors_are_taken(processor: Processor) -> None:
 def test_other_arrays_are_refused(array: object, words: list[str]) -> None:
     """Shape, type and what to give are said."""
     said = message(array)
-    assert "uint8 [height, width, 3]" in said
+    assert "uint8 [height, width, 3]" in said  # what is taken
     for word in words:
         assert word in said
 
