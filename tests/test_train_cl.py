@@ -409,8 +409,8 @@ def test_not_finite(plain: Path, golden: Path, data: Path, run: Callable, tmp_pa
 
 
 def test_weights_not_finite(checkpoint: Path, data: Path, launch: Callable, tmp_path: Path) -> None:
-    """A checkpoint with one weight that is no number ends the run at its first step, in one
-    line."""
+    """A checkpoint with one weight that is no number is refused when it is loaded, in one line
+    that names the weight and its file."""
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
