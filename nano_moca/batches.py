@@ -384,11 +384,9 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
 
     excluded = []
     for own in local_index:
-        # Its right answers, each by a pair with the same query.
-        right = set()
-        for query, positive in zip(query_keys, positive_keys, strict=True):
-            if query == query_keys[own]:
-                right.add(positive)
+        # Its right answers: those of all pairs with an equal query.
+        right = {key for query, key in zip(query_keys, positive_keys, strict=True)
+                 if query == query_keys[own]}
 
         # Positives: those of other pairs that are right as well.
         for other, key in enumerate(positive_keys):

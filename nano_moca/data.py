@@ -191,8 +191,8 @@ class LazyRows(Sequence):
 
 
 def make_record(fields: object, folder: Path | None, source: str) -> Record:
-    """{"text", "images"} as a `Record`. Image paths are relative to `folder`, and
-    stay in it. MocaError names the source.
+    """{"text", "images"} as a `Record`. Image paths are relative to `folder`, and do
+    not leave it. MocaError names the source.
 
     folder None: the caller is trusted, and gives images of any kind, from anywhere.
     """
@@ -238,28 +238,18 @@ def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Recor
     seed: of the built-in data, and of the sample if cap is given: at most so many rows of
     each source, the same in every epoch.
     """
-    # What belongs to the built-in data is imported only for it.
-    split = builtin_split(path, cap)
-    if split is not None:
+    # What belongs to the built-in data is imported only for it. It takes no cap.
+    name, _, split = path.partition(":")
+    if name == BUILTIN and cap is None:
         from nano_moca.builtin.tasks import BuiltinRecords
 
-        return BuiltinRecords(split, seed)
+        return BuiltinRecords(split or "train", seed)
     parts = []
     for number, source in enumerate(split_sources(path)):
         stored = open_rows(source, columns=("text", "images"))
         rows = LazyRows(stored, range(len(stored)), make_record)
         parts.append(rows.sample(cap, seed, number))
     return Joined(parts)
-
-
-def builtin_split(path: str, cap: int | None) -> str | None:
-    """The split in "builtin:split"; None if the path is one of files."""
-    name, _, split = path.partition(":")
-    if name != BUILTIN:
-        return None
-    if cap is not None:
-        raise MocaError(f"--cap is for files, and not for --data {path}: leave it out")
-    return split or "train"
 
 
 def split_sources(path: str) -> list[str]:
@@ -319,12 +309,12 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
     None, the first such row raises. seed: of the built-in data, and of the sample if cap
     is given: at most so many pairs of each task, the same in every epoch.
     """
-    # What belongs to the built-in data is imported only for it.
-    split = builtin_split(path, cap)
-    if split is not None:
+    # What belongs to the built-in data is imported only for it. It takes no cap.
+    name, _, split = path.partition(":")
+    if name == BUILTIN and cap is None:
         from nano_moca.builtin.tasks import builtin_tasks
 
-        return builtin_tasks(split, seed)
+        return builtin_tasks(split or "train", seed)
 
     # Each row is parsed once for its task, and again whenever its pair is asked for.
     columns = ("task", "kind", "query", "positive", "negatives")

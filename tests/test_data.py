@@ -4,6 +4,7 @@ of stage 1's part of batches.py."""
 import codecs
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,8 +200,8 @@ def test_line_ends_inside_a_text(tmp_path: Path) -> None:
     """What only Unicode calls a line end does not end a line."""
     text = "a\u2028b\u2029c\x85d\x0be\x1cf"
     (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": text.replace("\x0b", "").replace("\x1c", "")}, ensure_ascii=False) + "\n"
-        + json.dumps({"text": text}) + "\n", encoding="utf-8")
+        json.dumps({"text": text[:7]}, ensure_ascii=False) + "\n" + json.dumps({"text": text}),
+        encoding="utf-8")
     records = load_records(str(tmp_path / "a.jsonl"), 0)
     assert len(records) == 2 and records[1].text == text
 
@@ -306,7 +307,7 @@ def test_several_sources(tmp_path: Path) -> None:
     with pytest.raises(MocaError, match="absent"):
         load_records(f"{tmp_path / 'a.jsonl'},{tmp_path / 'absent'}", 0)
     for load in (load_records, load_tasks):
-        with pytest.raises(MocaError, match="--cap"):
+        with pytest.raises(MocaError, match="builtin cannot be read"):  # never capped in silence
             load("builtin", 0, cap=5)
 
 
@@ -331,6 +332,17 @@ def test_a_fingerprint_tells_data_apart(tmp_path: Path, moca: Moca) -> None:
     assert first != mark(write_lines(tmp_path / "two" / "a.jsonl", other))
     one, two = tmp_path / "one", tmp_path / "two"
     assert mark(f"{one},{two}") != mark(f"{two},{one}")
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON lines need none; other files say what to install."""
+    monkeypatch.setitem(sys.modules, "nano_moca.convert.tables", None)
+    write_lines(tmp_path / "a.jsonl", LINES)
+    assert len(open_rows(tmp_path)) == 4
+    for name in ("b.arrow", "c.parquet"):
+        (tmp_path / name).touch()
+        with pytest.raises(MocaError, match=f"{name}.*pip install pyarrow"):
+            open_rows(tmp_path / name)
 
 
 # --- dividing -----------------------------------------------------------------------------------

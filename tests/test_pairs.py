@@ -287,7 +287,7 @@ def test_answers_of_the_same_query_are_no_negatives(moca: Moca) -> None:
 
 
 def test_a_sample_of_each_task(tmp_path: Path) -> None:
-    """--cap: at most so many pairs of each task over all sources, by the seed; others stay whole."""
+    """--cap: at most so many pairs of each task over all sources, by the seed."""
     rows = [line("large", query={"text": f"q{n}"}) for n in range(40)]
     rows += [line("small", "image-text", query={"text": f"s{n}"}) for n in range(3)]
     first = write(tmp_path / "a.jsonl", rows)

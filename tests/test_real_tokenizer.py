@@ -15,7 +15,8 @@ import nano_moca
 import train_cl
 import train_cpt
 from nano_moca.builtin.base import initialise
-from nano_moca.config import BASE, load_config
+from nano_moca.config import BASE
+from nano_moca.families import load_config
 from nano_moca.flags import parse_flags
 from nano_moca.model import VLM
 from nano_moca.processor import Processor

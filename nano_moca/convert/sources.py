@@ -120,8 +120,8 @@ def side_by_side(rows: Sequence, generator: np.random.Generator) -> np.ndarray:
 
 def sample(rows: Sequence, cap: int, key: tuple[int, ...]) -> np.ndarray:
     """[cap] int64 (or fewer, if there are fewer): the numbers, in order, of a random
-    sample of rows that `key` seeds."""
-    generator = np.random.default_rng(key)
+    sample of rows, which `key` and `cap` seed."""
+    generator = np.random.default_rng((*key, cap))
     numbers = np.arange(len(rows))
 
     # To read some rows of a group costs as much as all: take the first groups of a random

@@ -6,12 +6,13 @@ beginning to its end, in pieces of some 32 MB, and of the groups last used the p
 last read is kept. Whoever takes rows in the order of `sources.side_by_side` reads each
 piece once (thousands of rows per second); in random order there would be some tens.
 
-How much a group takes is the writer's choice: pyarrow makes one page of up to 1,024
-rows, which cannot be read in parts. So a group may take twice its unpacked size.
+How much a group takes is the writer's choice: pyarrow makes pages of up to 1,024 rows,
+which cannot be read in parts. So a group may take twice its unpacked size. And an Arrow
+file that was compressed (as Feather files are) is unpacked into memory as a whole.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,6 @@ class TableRows(Sequence):
             table, place = self.find(index)
             fields = {name: table.column(name)[place].as_py() for name in self.names}
         except UNREADABLE as error:
-            OPEN.clear()
             what = " ".join(reason(error).split())
             raise MocaError(f"{source} cannot be read ({what}): copy or write the file "
                             "again") from None
@@ -108,48 +108,31 @@ class ParquetRows(TableRows):
         group = int(np.searchsorted(self.ends, index, side="right"))
         before = int(self.ends[group - 1]) if group else 0
         number, place = divmod(index - before, int(self.piece_rows[group]))
-        return open_group(self, group).piece(number), place
 
+        # A group that is new, or was read beyond the piece, is read from its beginning.
+        last, piece, pieces = OPEN.pop((self, group), (number + 1, None, None))
+        if last > number:
+            last, pieces = -1, self.open_group(group)
+        while last < number:
+            last, piece = next(pieces)
+            expected = self.pieces[0, self.pieces[1] == group][last]
+            if len(piece) != expected:
+                raise MemoryError(f"{expected} rows unpack to over 2 GB")
+        OPEN[self, group] = last, piece, pieces
+        return piece, place
 
-class OpenGroup:
-    """A row group that is read from its beginning on. The last piece is kept."""
-
-    def __init__(self, rows: ParquetRows, group: int) -> None:
-        self.rows, self.group = rows, group
-        self.lengths = rows.pieces[0, rows.pieces[1] == group]
-        self.start()
-
-    def start(self) -> None:
-        """Go to the beginning."""
-        # Neither memory nor threads for what is ahead.
-        file = ParquetFile(self.rows.path, buffer_size=2**20, pre_buffer=False)
-        self.batches = file.iter_batches(
-            int(self.rows.piece_rows[self.group]), [self.group], self.rows.names, use_threads=False)
-        self.number = -1
-
-    def piece(self, number: int) -> pyarrow.RecordBatch:
-        """The piece of this number, from 0."""
-        if number < self.number:
-            self.start()
-        while self.number < number:
-            self.last = next(self.batches)
-            self.number += 1
-            if len(self.last) != self.lengths[self.number]:
-                raise MemoryError(f"{self.lengths[self.number]} rows unpack to over 2 GB")
-        return self.last
-
-
-OPEN: OrderedDict[tuple[ParquetRows, int], OpenGroup] = OrderedDict()  # the last used is last
-
-
-def open_group(rows: ParquetRows, group: int) -> OpenGroup:
-    """A group, as it was left if it was used lately."""
-    key = (rows, group)
-    if key not in OPEN:
-        OPEN[key] = OpenGroup(rows, group)
-
+    def open_group(self, group: int) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        """The pieces of a group, with their numbers. Closes those of groups that were not
+        used lately."""
         # At most what two bunches of `sources.side_by_side` may take.
-        while sum(cost(rows.sizes[group]) for rows, group in OPEN) > 2:
+        while sum(cost(rows.sizes[other]) for rows, other in OPEN) + cost(self.sizes[group]) > 2:
             OPEN.popitem(last=False)
-    OPEN.move_to_end(key)
-    return OPEN[key]
+
+        # Neither memory nor threads for what is ahead.
+        file = ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
+        return enumerate(file.iter_batches(
+            int(self.piece_rows[group]), [group], self.names, use_threads=False))
+
+
+# Groups that are being read, the last used last: (the piece's number, it, those to come).
+OPEN: OrderedDict[tuple, tuple] = OrderedDict()
