@@ -48,14 +48,10 @@ class CommonFlags:
     # What is read and written.
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
     data: str = flag("builtin", ".jsonl, .parquet or .arrow file, a folder, or several: a,b")
-<<<<<<< HEAD
-    cap: int = flag(None, "at most so many rows of each in --data (stage 2: of each task)", low=1)
+    cap: int = flag(None, "rows of each file or folder in --data, or task, at most", low=1)
     processor: str = flag(None, "checkpoint whose tokenizer and image processor to take "
                           "(default: --model's)")
     allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
-=======
-    cap: int = flag(None, "rows of each file or folder in --data, or task, at most", low=1)
->>>>>>> data
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
     steps: int = flag(1000, "optimiser steps", low=1)
     min_pixels: int = flag(None, "smallest image area (default: the checkpoint's)", low=1)
