@@ -28,10 +28,11 @@ from nano_moca.batch import KINDS, EncodedRecord, Pair
 from nano_moca.batches import PairBatches, prefetch
 from nano_moca.checkpoint import save_model
 from nano_moca.config import BASE
-from nano_moca.data import load_tasks
+from nano_moca.data import Joined, load_tasks
 from nano_moca.distributed import init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
+from nano_moca.guard import guarded
 from nano_moca.losses import info_nce
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
@@ -40,7 +41,6 @@ from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
 from nano_moca.weights import empty_model, load_weights
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
 
@@ -52,7 +52,7 @@ class Flags(CommonFlags):
 
     model: str = flag(str(STAGE_1 if STAGE_1.is_dir() else BASE), "a folder or a hub id: "
                       "stage 1's output, or the nano base if there is none")
-    data: str = flag("builtin", ".jsonl or .parquet file of pairs, or a folder of them")
+    data: str = flag("builtin", ".jsonl, .parquet or .arrow file of pairs, a folder, or several")
     output: str = flag("runs/cl", "folder for log, checkpoint, model and pictures")
     steps: int = flag(300, "optimiser steps", low=1)
     learning_rate: float = flag(1e-3, "peak value; 2e-5 for 3B and 7B", low=0, high=1)
@@ -71,12 +71,12 @@ class Flags(CommonFlags):
 
 def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequence[Pair]]:
     """The tasks that the flags ask for; with --task-batches off, all in one."""
-    tasks = load_tasks(flags.data, flags.seed, unusable)
+    tasks = load_tasks(flags.data, flags.seed, unusable, flags.cap)
     tasks = {name: task for name, task in tasks.items() if task.kind != flags.without}
     if not tasks:
         raise MocaError(f"{flags.data} holds no pairs to learn from: see --data and --without")
     if flags.task_batches == "off":
-        return {"mixed": ConcatDataset(tasks.values())}
+        return {"mixed": Joined(tasks.values())}
     return tasks
 
 
@@ -89,6 +89,7 @@ def embed_chunk(model: VLM, processor: Processor, chunk: list[EncodedRecord],
     return model.embed(batch, causal, pooling)[: len(chunk)]
 
 
+@guarded  # one run an --output, over nothing that it reads (guard.py)
 def train(flags: Flags) -> None:
     """The whole of stage 2: build, loop, save, report."""
     causal = flags.attention == "causal"
@@ -101,7 +102,7 @@ def train(flags: Flags) -> None:
     folder, config, processor = open_checkpoint(flags)
     model = empty_model(config)
     shard(model, [*model.visual.blocks, *model.language.layers], world)
-    load_weights(model, folder, processor.new_mask_token)
+    load_weights(model, folder, processor.new_mask_token, flags.allow_extra)
     model.run_vision_always = True  # in a batch without images too, as in train_cpt.py
     model.set_checkpointing(flags.checkpointing)
 
@@ -109,6 +110,8 @@ def train(flags: Flags) -> None:
     skipped = skip_list(flags, world)
     unusable: list[MocaError] = []  # lines that name no task, to be listed; else they stop us
     tasks = load_pairs(flags, unusable if skipped else None)
+    if flags.held_out:
+        load_tasks(flags.held_out, flags.seed, [])  # a wrong path ends us now, not later
     batches = PairBatches(tasks, processor, flags.batch, flags.max_tokens,
                           flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
                           world_size=world.size, skipped=skipped, unusable=unusable)
@@ -180,7 +183,8 @@ def train(flags: Flags) -> None:
 
     close_run(flags, world, log, loader, data_state)
     save_model(output / "model", world, model, processor,
-               {"attention": flags.attention, "pooling": pooling})
+               {"attention": flags.attention, "pooling": pooling,
+                "max_tokens": flags.max_tokens})
 
     # What was learned, on held-out pairs.
     if not flags.no_report:

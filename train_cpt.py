@@ -25,6 +25,7 @@ from nano_moca.data import load_records
 from nano_moca.distributed import init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
+from nano_moca.guard import guarded
 from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
 from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
@@ -41,11 +42,11 @@ class Flags(CommonFlags):
 
     batch_tokens: int = flag(1000, "tokens per step over all ranks", low=1)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
-    accumulate: int = flag(1, "micro-batches per step on each rank", low=1)
+    accumulate: int = flag(1, "micro-batches per step on each rank", low=1, high=100_000)
     objective: str = flag("restore", "training objective", choices=("restore", "next-token"))
     text_mask: float = flag(0.4, "share of text tokens masked; 0 turns MLM off", low=0, high=1)
     image_mask: float = flag(0.5, "share of patch groups masked; 0 turns MAE off", low=0, high=1)
-    mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0)
+    mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0, high=1e4)
 
 
 def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags
@@ -67,6 +68,7 @@ def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags
         yield drawn, micro_batches
 
 
+@guarded  # one run an --output, over nothing that it reads (guard.py)
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
     # An ablation turns a loss off by masking nothing for it. A patch that counts
@@ -87,7 +89,7 @@ def train(flags: Flags) -> None:
     vlm = empty_model(config)
     model = ReconstructionModel(vlm)
     shard(model, [*vlm.visual.blocks, *vlm.language.layers], world)
-    load_weights(vlm, folder, processor.new_mask_token)
+    load_weights(vlm, folder, processor.new_mask_token, flags.allow_extra)
     model.patch_decoder.init_from(vlm.language, flags.seed)
 
     # A batch may hold no image. The vision tower runs all the same: under FSDP all
@@ -97,7 +99,7 @@ def train(flags: Flags) -> None:
     vlm.set_checkpointing(flags.checkpointing)
 
     # The data: every rank draws the same records, and takes its share of each step.
-    records = load_records(flags.data, flags.seed)
+    records = load_records(flags.data, flags.seed, flags.cap)
     skipped = skip_list(flags, world)
     batches = TokenBatches(
         records, processor, flags.batch_tokens, flags.max_tokens, flags.seed,
@@ -159,7 +161,8 @@ def train(flags: Flags) -> None:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
     close_run(flags, world, log, loader, data_state)
-    save_model(output / "model", world, vlm, processor, {"attention": attention})
+    save_model(output / "model", world, vlm, processor,
+               {"attention": attention, "max_tokens": flags.max_tokens})
 
     # What was learned, on the records that would have come next: on all ranks the same,
     # and without listing those that cannot be used, for no step used them.

@@ -28,17 +28,20 @@ then what they stand on:
     batches.py       which records a step takes, and on which rank
     data.py          files to records and pairs
     weights.py       checkpoints in and out
+    families.py      which model a checkpoint is
     config.py        a model's sizes
     distributed.py   ranks, and parameters divided among them
     flags.py, checkpoint.py, trainer.py     the surroundings of a loop
     embedder.py      a trained model in use
     files.py         errors, JSON, folders that survive a crash
+    guard.py         what a run may touch
 
-and beside the road: report/ (the pictures and scores at the end of a run), builtin/
-(the data and the base model that come with the code), evaluate/ (benchmarks),
-ablate.py, benchmark.py.
+and beside the road: qwen3/ (what Qwen3-VL does otherwise: read it after model.py),
+report/ (the pictures and scores at the end of a run), builtin/ (the data and the base
+model that come with the code), evaluate/ (benchmarks), ablate.py, benchmark.py.
 
-Glossary. A shape in a comment, such as [T, D], uses these letters:
+Glossary. A shape in a comment, such as [T, D], uses these letters. (Sizes of patches and
+groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 values.)
 
     N    records in a batch
     T    tokens of a batch, all records end to end
@@ -47,6 +50,7 @@ Glossary. A shape in a comment, such as [T, D], uses these letters:
     P    patches of all images; 14 x 14 pixels in two frames, so 1176 values each
     p    side of a patch in pixels, 14
     J    image tokens: 2 x 2 patches are merged into one token, so J = P / 4
+    k    features of an image token beside its embedding (Qwen3-VL's DeepStack)
     R    masked text tokens
     r    masked text tokens in one chunk of the fused loss
     G    masked groups: image tokens whose 4 patches were masked, 4704 values each

@@ -21,7 +21,7 @@ from torch import Tensor
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # stands in a text for one image
 KINDS = ("long-document", "image-text", "text-only")  # of stage 2's pairs
-ImageLike = str | Path | bytes | Image.Image
+ImageLike = str | Path | bytes | Image.Image | np.ndarray | Tensor  # arrays: uint8 [h, w, 3]
 
 
 @dataclass

@@ -8,7 +8,7 @@ counted and listed.
 
 **Stage 1** (`TokenBatches`): a step takes records up to a budget of tokens.
 
-1. An epoch is a permutation of all records, by seed and epoch.
+1. An epoch is a permutation of all records, by seed and epoch (see `shuffle`).
 2. A step takes the next records of it while they fit into the budget, and at least one
    per micro-batch; it may reach into the next epoch.
 3. They are divided among ranks and micro-batches so that all have about the same work.
@@ -20,20 +20,22 @@ default sampler, which shuffles across tasks: src/dataset.py:66-93,
 src/trainer.py:10-18.)
 """
 
+import heapq
 import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nano_moca.batch import EncodedRecord, Pair, Record
-from nano_moca.data import record_key
-from nano_moca.files import MocaError
+from nano_moca.data import Joined, record_key
+from nano_moca.files import MocaError, writing
 from nano_moca.processor import Processor
 
 
@@ -53,19 +55,29 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
     to the part that is cheapest so far. Returns the numbers of the items in
     each part, in order."""
     shares: list[list[int]] = [[] for _ in range(parts)]
-    totals = [0] * parts
+    totals = [(0, part) for part in range(parts)]  # a heap: the cheapest comes first
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        cheapest = totals.index(min(totals))
+        total, cheapest = totals[0]
         shares[cheapest].append(item)
-        totals[cheapest] += costs[item]
+        heapq.heapreplace(totals, (total + costs[item], cheapest))
     return [sorted(share) for share in shares]
+
+
+def shuffle(records: Sequence, generator: np.random.Generator) -> np.ndarray:
+    """[N] int64: a random order of N records. Those of parquet files, of which a single
+    one costs many, come in groups, as convert/sources.py describes."""
+    if not getattr(records, "grouped", False):
+        return generator.permutation(len(records))
+    from nano_moca.convert.sources import side_by_side
+
+    return side_by_side(records, generator)
 
 
 class Steps:
     """What both stages do with records that cannot be used: stop, or count and list."""
 
     skipped: Path | None  # the list; None: the first such record stops the run
-    state: dict[str, int]  # all that the coming draws depend on, beside seed and data
+    state: dict[str, Any]  # all that the coming draws depend on, beside seed and data
 
     def __iter__(self) -> "Steps":
         return self
@@ -76,7 +88,7 @@ class Steps:
             raise error
         self.state["skipped"] += 1
         line = {"count": self.state["skipped"], "reason": str(error)}
-        with open(self.skipped, "a") as file:
+        with writing(self.skipped), open(self.skipped, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -89,7 +101,7 @@ class StepRecords:
 
     micro_batches: list[list[tuple[int, EncodedRecord]]]  # (number in the run, record)
     tokens: int  # of the whole step, over all ranks
-    state: dict[str, int]  # from which the next step is drawn
+    state: dict[str, Any]  # from which the next step is drawn
 
 
 @dataclass
@@ -110,13 +122,14 @@ class TokenBatches(Steps):
     world_size: int = 1
     accumulate: int = 1  # micro-batches per step on each rank
     skipped: Path | None = None
-    state: dict[str, int] | None = None  # where to go on; None: at the beginning
+    state: dict[str, Any] | None = None  # where to go on; None: at the beginning
 
     def __post_init__(self) -> None:
         self.permutation = (-1, np.arange(0))  # (epoch, its order): made once per epoch
         if self.state is None:
             self.state = {"epoch": 0, "next": 0, "usable": 0, "skipped": 0,
-                          "records": len(self.records)}
+                          "records": len(self.records),
+                          "fingerprint": getattr(self.records, "fingerprint", "")}
 
     def __next__(self) -> StepRecords:
         # Take records until one would exceed the budget: it opens the next step.
@@ -148,7 +161,7 @@ class TokenBatches(Steps):
         while True:
             if self.state["next"] == len(self.records):
                 if not self.state["usable"]:
-                    raise MocaError("no record of the data can be used: skipped.jsonl says why")
+                    raise MocaError(f"no record of the data can be used: {self.skipped} says why")
                 self.state["epoch"] += 1
                 self.state["next"] = 0
                 self.state["usable"] = 0
@@ -166,7 +179,7 @@ class TokenBatches(Steps):
         """The permutation of all records in an epoch."""
         if self.permutation[0] != epoch:
             generator = np.random.default_rng((self.seed, epoch))
-            self.permutation = (epoch, generator.permutation(len(self.records)))
+            self.permutation = (epoch, shuffle(self.records, generator))
         return self.permutation[1]
 
 
@@ -206,7 +219,7 @@ class PairBatch:
     most_records: int  # on any rank
     filler: EncodedRecord  # for a rank that has fewer chunks than the others
     tokens: int  # of the whole step, over all ranks
-    state: dict[str, int]  # from which the next step is drawn
+    state: dict[str, Any]  # from which the next step is drawn
 
     def chunks(self, size: int) -> list[list[EncodedRecord]]:
         """The records in order, in parts of at most `size` (0: in one part). All
@@ -249,7 +262,8 @@ class PairBatches(Steps):
                 raise MocaError(f"task {name} has {len(pairs)} pairs and a batch takes "
                                 f"{self.batch}: lower --batch, or add pairs")
         pair_count = sum(len(pairs) for pairs in self.tasks.values())
-        self.state = {"step": 0, "usable": 0, "skipped": 0, "records": pair_count}
+        self.state = {"step": 0, "usable": 0, "skipped": 0, "records": pair_count,
+                      "fingerprint": Joined(self.tasks.values()).fingerprint}
 
         # How many batches each task has in a pass, and how many steps in an epoch.
         per_pass = {name: len(pairs) // self.batch for name, pairs in self.tasks.items()}
@@ -273,7 +287,7 @@ class PairBatches(Steps):
         """Which pairs of a task are in its batch `number`."""
         task_pass, place = divmod(number, self.batches_per_pass[name])
         key = (self.seed, list(self.tasks).index(name), task_pass)
-        order = np.random.default_rng(key).permutation(len(self.tasks[name]))
+        order = shuffle(self.tasks[name], np.random.default_rng(key))
         return order[place * self.batch : (place + 1) * self.batch].tolist()
 
     def __next__(self) -> PairBatch:
@@ -311,7 +325,7 @@ class PairBatches(Steps):
         """The next step's task, and those of its pairs that can be used."""
         epoch, place = divmod(self.state["step"], self.steps)
         if epoch and not place and not self.state["usable"]:
-            raise MocaError("no pair of the data can be used: skipped.jsonl says why")
+            raise MocaError(f"no pair of the data can be used: {self.skipped} says why")
         name, number = self.plan(epoch)[place]
         task_pass = number // self.batches_per_pass[name]
 
@@ -356,10 +370,12 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
     are not compared with.
 
     The candidates are the B positives and the M hard negatives of these n pairs.
-    Excluded are other candidates that equal the query's own positive (another query may
-    have the same answer), and the hard negatives of other queries. Two pairs with equal
-    queries and different answers are not recognised: each answer is the other's negative.
+    Excluded are other candidates that are a right answer as well: the positive of this
+    pair, or of another one with an equal query; and the hard negatives of other queries.
+    Only the pairs of this step are looked at, and images are equal by path, bytes or
+    pixels (see `record_key`).
     """
+    query_keys = [record_key(pair.query) for pair in pairs]  # B
     positive_keys = [record_key(pair.positive) for pair in pairs]  # B
     negative_keys = []  # M of (the pair it belongs to, key)
     for own in local_index:
@@ -368,13 +384,18 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
 
     excluded = []
     for own in local_index:
-        # Positives: the same answer as its own, given by another pair.
-        own_key = positive_keys[own]
-        for other, key in enumerate(positive_keys):
-            excluded.append(other != own and key == own_key)
+        # Its right answers, each by a pair with the same query.
+        right = set()
+        for query, positive in zip(query_keys, positive_keys, strict=True):
+            if query == query_keys[own]:
+                right.add(positive)
 
-        # Hard negatives: those of other queries, and any that is the right answer.
+        # Positives: those of other pairs that are right as well.
+        for other, key in enumerate(positive_keys):
+            excluded.append(other != own and key in right)
+
+        # Hard negatives: those of other queries, and any that is a right answer.
         for other, key in negative_keys:
-            excluded.append(other != own or key == own_key)
+            excluded.append(other != own or key in right)
     candidates = len(positive_keys) + len(negative_keys)
     return torch.tensor(excluded, dtype=torch.bool).view(len(local_index), candidates)

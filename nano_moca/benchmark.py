@@ -29,8 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 from nano_moca.batch import Batch
 from nano_moca.builtin import BuiltinRecords
 from nano_moca.builtin.base import initialise
-from nano_moca.config import BASE, load_config, parse_config
+from nano_moca.config import BASE, parse_config
 from nano_moca.embedder import load
+from nano_moca.families import load_config
 from nano_moca.files import MocaError
 from nano_moca.flags import flag, main_guard, parse_flags
 from nano_moca.model import VLM

@@ -1,18 +1,17 @@
 """What a run leaves on disk: a checkpoint to go on from, and a model to use.
 
 A checkpoint restores a run to the bit: weights and both moments of AdamW in float32,
-each rank its own part in its own file, and a small dictionary with the step, the
-flags, and where the data stood. The model is what others read: config.json, weights in
-the original checkpoint's dtype, tokenizer.
+each rank its own part in its own file, and a dictionary with the step, the flags, where
+the data stood, and all lines of the log. The model is what others read: config.json,
+weights in the original checkpoint's dtype, tokenizer.
 
 Both are written beside the old ones and then renamed, so that a crash at any moment
-leaves one that is complete. The log and the list of skipped records grow line by line
-instead; after a crash they are cut back to the checkpoint's step (`keep_lines`).
+leaves one that is complete. log.jsonl grows line by line instead, for a reader; after a
+crash it is written again from the checkpoint, so the two always fit.
 
 Left out: resuming with another number of ranks, and keeping more than one checkpoint.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -20,10 +19,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nano_moca.distributed import World, local_part
-from nano_moca.files import (MocaError, find_folder, fresh_folder, replace_folder, writing)
+from nano_moca.files import (MocaError, beside, find_folder, fresh_folder, one_line,
+                             regular_file, replace_folder, writing)
 from nano_moca.model import VLM
 from nano_moca.processor import Processor
 from nano_moca.weights import save_weights, stored_dtype
+
+# What a report of a run writes beside its model.
+REPORT = ("scores.json", "loss.png", "reconstruction.png", "retrieval.png", "similarity.png")
 
 
 def save_checkpoint(folder: Path, world: World, model: nn.Module,
@@ -39,15 +42,16 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
         parameters.append(local_part(parameter.detach()))
         entries = optimizer.state[parameter].items()
         moments.append({key: local_part(value) for key, value in entries})
-    content = {"parameters": parameters, "moments": moments, "state": state}
+    content = {"parameters": parameters, "moments": moments, "state": state,
+               "moment count": sum(map(len, moments))}
 
     # The main rank makes the new folder, all write into it, the main rank renames it.
     if world.main:
         fresh_folder(folder)
     world.wait()
-    with writing(folder):
-        fresh = folder.with_name(folder.name + ".new")
-        torch.save(content, fresh / f"rank-{world.rank:05d}.pt")
+    file = beside(folder, ".new") / f"rank-{world.rank:05d}.pt"
+    with writing(file):
+        torch.save(content, file)
     world.wait()
     if world.main:
         replace_folder(folder)
@@ -68,21 +72,31 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
     world.wait()
     if not folder.exists():
         return None
-    if len(list(folder.iterdir())) != world.size:
+    if len(list(folder.glob("rank-*.pt"))) != world.size:
         raise MocaError(f"{folder} is not of {world.size} ranks: resume with as many as before")
 
     # torch.load and pickle raise many kinds of errors; a damaged file has no shapes.
     file = folder / f"rank-{world.rank:05d}.pt"
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = torch.load(regular_file(file), map_location="cpu", weights_only=True)
+        state = dict(saved["state"])
         shapes = [tensor.shape for tensor in saved["parameters"]]
+
+        # A weight that never had a gradient has no moments. (Before they were counted,
+        # one too few went unnoticed.)
+        whole = saved.get("moment count") in (None, sum(map(len, saved["moments"])))
+        for shape, entries in zip(shapes, saved["moments"], strict=True):
+            found = {key: value.shape for key, value in entries.items()}
+            usual = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+            whole = whole and found in ({}, usual)
     except Exception:
-        shapes = None
+        whole = False
 
     # Every shape is compared before anything is copied.
     parameters = list(model.parameters())
-    if shapes != [local_part(parameter).shape for parameter in parameters]:
-        raise MocaError(f"{file} is damaged or of another model: start without --resume")
+    if not whole or shapes != [local_part(parameter).shape for parameter in parameters]:
+        raise MocaError(f"{file} is damaged, lacks a part or is of another model: start anew "
+                        "without --resume")
 
     # The optimiser is new and has no moments yet: each is born sharded like its parameter.
     for index, parameter in enumerate(parameters):
@@ -91,7 +105,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
             moment = torch.zeros_like(parameter) if value.dim() else value.clone()
             local_part(moment).copy_(value)
             optimizer.state[parameter][key] = moment
-    return saved["state"]
+    return state
 
 
 def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
@@ -115,21 +129,17 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
 
     # Beside the old model, and renamed when it is complete.
     if world.main:
+        from nano_moca.convert.export import write_companions  # stands beside the road
+
         with writing(folder):
             fresh = fresh_folder(folder)
             save_weights(fresh, tensors, vlm.config, trained_with)
             processor.save(fresh)
+            write_companions(fresh, processor)
+
+            # A report on the old model would be taken for one on this one.
+            for name in REPORT:
+                (folder.parent / name).unlink(missing_ok=True)
             replace_folder(folder)
-        print(f"{folder}: the model is saved", flush=True)
+        print(f"{one_line(folder)}: the model is saved", flush=True)
     world.wait()
-
-
-def keep_lines(path: Path, count: int, world: World) -> list[bytes]:
-    """Cut a file after its first `count` lines, and return them; there may be no file."""
-    lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
-
-    # The main rank cuts only when all ranks have read.
-    world.wait()
-    if world.main and path.exists():
-        os.truncate(path, sum(map(len, lines)))
-    return lines

@@ -1,88 +1,140 @@
 """Records and pairs from files.
 
-Stage 1 reads unlabelled records: JSON lines beside their images, or parquet with the
-same two fields,
+Stage 1 reads unlabelled records: JSON lines beside their images, or parquet and Arrow
+files with the same two fields,
 
     {"text": "<|vision_start|><|image_pad|><|vision_end|> ...", "images": ["a.png"]}
 
-from one file or a folder of files. Stage 2 reads pairs, from the same kinds of file,
+from one file or a folder of files, or from several of them: "a,b,c". Stage 2 reads
+pairs, from the same kinds of file,
 
     {"task": "name", "kind": "long-document" | "image-text" | "text-only",
      "query": {"text", "images"}, "positive": {...}, "negatives": [{...}, ...]}
 
 In place of a path, "builtin" (with ":" and a split) names the built-in data.
 
-A row is checked when it is asked for: stage 1 starts at once, stage 2 after it has read
-each row's task. Nothing is guessed, and nothing in the data is executed. A row that cannot
-be used is a MocaError that names its file and line. Images stay inside the folder of
-their file.
+No file is held in memory. A row is checked when it is asked for: stage 1 starts at
+once, stage 2 after it has read each row's task. Nothing is guessed, and nothing in the
+data is executed. A row that cannot be used is a MocaError that names its file and line.
+A path written in the data stays inside the folder of its file; links that lie in that
+folder are the user's own, and followed.
 
-Left out: streaming, from the hub or from archives. What a step takes of the data is
-the subject of batches.py.
+Left out: streaming, from the hub or from archives (nano_moca.convert unpacks archives).
+What a step takes of the data is the subject of batches.py.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from nano_moca.batch import KINDS, Pair, Record
-from nano_moca.files import MocaError
+from nano_moca.files import MocaError, reason, regular_file
 
 BUILTIN = "builtin"
+FILE_KINDS = (".jsonl", ".parquet", ".arrow")
 Row = tuple[object, Path, str]  # (what is written, file's folder, source)
 
 
 # --- rows -------------------------------------------------------------------------
 
 
+def fingerprint(file: Path) -> str:
+    """A digest of a file's name, its size, and 64 parts of 4 KB spread over it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{file.name} {size}".encode(errors="surrogateescape"))
+    with open(file, "rb") as opened:
+        for place in np.linspace(0, max(0, size - 4096), 64, dtype=int):
+            opened.seek(place)
+            digest.update(opened.read(4096))
+    return digest.hexdigest()
+
+
 @dataclass
 class JsonLines(Sequence):
-    """The rows of a JSON lines file; each is parsed when it is asked for."""
+    """The rows of a JSON lines file. Where its lines end is kept; each is read and parsed
+    when it is asked for. Blank lines at the file's edges hold nothing."""
 
     path: Path
 
     def __post_init__(self) -> None:
-        self.lines = self.path.read_bytes().splitlines()
+        # Read this way a byte is a character, and lines end as in any text file.
+        with open(self.path, encoding="latin-1", newline="") as file:
+            self.ends = np.fromiter(map(len, file), np.int64).cumsum()
+
+        # "Utf-8-sig": a byte order mark is nothing, too.
+        first, end = 0, len(self.ends)
+        while first < end and not self.line(first).decode("utf-8-sig", "replace").strip():
+            first += 1
+        while first < end and not self.line(end - 1).decode("utf-8-sig", "replace").strip():
+            end -= 1
+        self.numbers = range(first, end)
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Row:
-        source = f"{self.path}:{index + 1}"
+        number = self.numbers[index]
+        source = f"{self.path}:{number + 1}"
         try:
-            return json.loads(self.lines[index]), self.path.parent, source
+            return json.loads(self.line(number)), self.path.parent, source
         except (ValueError, RecursionError) as error:
             raise MocaError(f"{source}: not JSON ({error}): correct or remove the line") from None
 
+    def line(self, number: int) -> bytes:
+        """A line of the file, counted from 0."""
+        start = self.ends[number - 1] if number else 0
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(self.ends[number] - start)
 
-def parquet_rows(path: Path) -> list[Row]:
-    """The rows of a parquet file, held in memory. They are read in any order, and
-    parquet would decompress thousands of rows for each."""
-    # An optional package: only these files need it.
+
+class Joined(ConcatDataset):
+    """Sequences end to end."""
+
+    def __init__(self, parts: Iterable[Sequence]) -> None:
+        super().__init__(parts)
+        marks = "".join(getattr(part, "fingerprint", "") for part in self.datasets)
+        self.fingerprint = hashlib.sha256(marks.encode()).hexdigest()
+
+        # Whether some are dear to read but in groups: see batches.shuffle.
+        self.grouped = any(getattr(part, "grouped", False) for part in self.datasets)
+
+
+def open_file(file: Path, columns: Sequence[str] | None) -> Sequence[Row]:
+    """The rows of a file, by its suffix."""
+    if file.suffix == ".jsonl":
+        return JsonLines(file)
+
+    # What needs an optional package is imported only for its files.
     try:
-        from pyarrow.parquet import read_table
+        from nano_moca.convert.tables import ArrowRows, ParquetRows
     except ImportError:
-        raise MocaError(f"{path}: reading it needs pyarrow: pip install pyarrow") from None
-
-    rows = enumerate(read_table(path).to_pylist(), 1)
-    return [(fields, path.parent, f"{path} row {number}") for number, fields in rows]
+        raise MocaError(f"{file}: reading it needs pyarrow: pip install pyarrow") from None
+    return (ArrowRows if file.suffix == ".arrow" else ParquetRows)(file, columns)
 
 
-FILE_KINDS = {".jsonl": JsonLines, ".parquet": parquet_rows}
+def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | None = None
+              ) -> Joined:
+    """The rows of a .jsonl, .parquet or .arrow file; or of all those in a folder and
+    below whose paths from there fit `pattern` (its * stands for "/" too), in the order
+    of their names. MocaError if there are none, or if one cannot be read.
 
+    columns: which of a parquet or Arrow file are read; None: all.
+    """
+    if os.path.isdir(path):
+        from nano_moca.convert.sources import find_files  # what may lie in a folder: much
 
-def open_rows(path: str | Path, pattern: str = "**/*") -> Sequence[Row]:
-    """The rows of a .jsonl or .parquet file; or of all those in a folder whose names
-    fit `pattern`, in the order of their names. MocaError if there are none."""
-    path = Path(path)
-    files = sorted(path.glob(pattern)) if path.is_dir() else [path]
+        files = find_files(Path(path), pattern, FILE_KINDS)
+    else:
+        files = [regular_file(Path(path))]
 
     # Other files, such as images, may lie among them.
     opened = []
@@ -90,16 +142,19 @@ def open_rows(path: str | Path, pattern: str = "**/*") -> Sequence[Row]:
         if file.suffix not in FILE_KINDS:
             continue
         try:
-            opened.append(FILE_KINDS[file.suffix](file))
+            rows = open_file(file, columns)
+            rows.fingerprint = fingerprint(file)
         except (OSError, ValueError) as error:
             # Pyarrow's messages have several lines.
-            reason = " ".join(str(error).split())
-            raise MocaError(f"{file} cannot be read ({reason}): correct or replace it") from None
+            what = " ".join(reason(error).split())
+            raise MocaError(f"{file} cannot be read ({what}): correct or replace it") from None
+        opened.append(rows)
 
     # A run over nothing would only fail later.
     if sum(map(len, opened)) == 0:
-        raise MocaError(f"{path} holds no records: give .jsonl or .parquet files, or their folder")
-    return ConcatDataset(opened)
+        raise MocaError(f"{path} holds no records: give .jsonl, .parquet or .arrow files, or "
+                        "their folder")
+    return Joined(opened)
 
 
 @dataclass
@@ -108,9 +163,22 @@ class LazyRows(Sequence):
     built and checked when it is asked for."""
 
     stored: Sequence[Row]  # all rows, from `open_rows`
-    numbers: Sequence[int]  # which of them
+    numbers: Sequence[int]  # which of them, in order
     make: Callable[[Any, Path, str], Record | Pair]
     kind: str = ""  # of a task
+
+    def __post_init__(self) -> None:
+        self.fingerprint = self.stored.fingerprint
+        self.grouped = self.stored.grouped
+
+    def sample(self, cap: int | None, *key: int) -> "LazyRows":
+        """At most `cap` of them (None: all), chosen at random as `key` seeds it."""
+        if cap is None:
+            return self
+        from nano_moca.convert.sources import sample
+
+        chosen = sample(self, cap, key)
+        return replace(self, numbers=np.asarray(self.numbers)[chosen])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -131,21 +199,21 @@ def make_record(fields: object, folder: Path | None, source: str) -> Record:
     # A file may hold anything: look before using it.
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise MocaError(f'{source}: no "text": write {{"text": "...", "images": [...]}}')
-    images = fields.get("images") or []
+    images = fields.get("images")
+    images = [] if images is None else images
     if not isinstance(images, (list, tuple)):
         raise MocaError(f'{source}: "images" is not a list: write [image, ...]')
 
     # From Python code they may be PIL images, and paths to any place.
     if folder is None:
         return Record(fields["text"], list(images), source)
-    folder = folder.resolve()
     found = [find_image(image, folder, source) for image in images]
     return Record(fields["text"], found, source)
 
 
 def find_image(image: object, folder: Path, source: str) -> Path | bytes:
-    """An entry of "images": its bytes, or its path inside `folder` (which is
-    resolved already). MocaError if it is neither."""
+    """An entry of "images": its bytes, or its path in `folder`. MocaError if it is
+    neither, or if the path leads out of it by what is written."""
     # The hub's image type: bytes, or a path.
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
@@ -157,26 +225,49 @@ def find_image(image: object, folder: Path, source: str) -> Path | bytes:
     # Zeros and halves of surrogate pairs, which no file system takes, become "?".
     name = image.replace("\0", "?").encode(errors="replace").decode()
 
-    # Links and ".." may lead anywhere: follow them first, then look.
-    path = Path(os.path.normpath(os.path.realpath(folder / name)))
-    if not path.is_relative_to(folder):
-        raise MocaError(f"{source}: {path} is outside the folder {folder}: move it inside")
-    return path
+    # Where links lead is the user's choice: only what is written has to stay inside.
+    name = os.path.normpath(name)
+    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+        raise MocaError(f"{source}: {name} is outside the folder {folder}: move it inside")
+    return folder / name
 
 
-def load_records(path: str, seed: int) -> Sequence[Record]:
-    """Stage 1's data, from a file or folder; or "builtin" with ":" and a split.
+def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Record]:
+    """Stage 1's data, from files or folders, "a,b"; or "builtin" with ":" and a split.
 
-    seed: of the built-in data.
+    seed: of the built-in data, and of the sample if cap is given: at most so many rows of
+    each source, the same in every epoch.
     """
     # What belongs to the built-in data is imported only for it.
-    name, _, split = path.partition(":")
-    if name == BUILTIN:
+    split = builtin_split(path, cap)
+    if split is not None:
         from nano_moca.builtin.tasks import BuiltinRecords
 
-        return BuiltinRecords(split or "train", seed)
-    stored = open_rows(path)
-    return LazyRows(stored, range(len(stored)), make_record)
+        return BuiltinRecords(split, seed)
+    parts = []
+    for number, source in enumerate(split_sources(path)):
+        stored = open_rows(source, columns=("text", "images"))
+        rows = LazyRows(stored, range(len(stored)), make_record)
+        parts.append(rows.sample(cap, seed, number))
+    return Joined(parts)
+
+
+def builtin_split(path: str, cap: int | None) -> str | None:
+    """The split in "builtin:split"; None if the path is one of files."""
+    name, _, split = path.partition(":")
+    if name != BUILTIN:
+        return None
+    if cap is not None:
+        raise MocaError(f"--cap is for files, and not for --data {path}: leave it out")
+    return split or "train"
+
+
+def split_sources(path: str) -> list[str]:
+    """The paths in "a,b,c"; a path that exists is one, whatever is in its name."""
+    sources = [path] if os.path.exists(path) else path.split(",")
+    if "" in sources:
+        raise MocaError("--data: an empty path: give a file, a folder, or several: a,b")
+    return sources
 
 
 def record_key(record: Record) -> tuple:
@@ -220,22 +311,24 @@ def read_task(fields: object, source: str) -> tuple[str, str]:
     return task, kind
 
 
-def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None
-               ) -> dict[str, Sequence[Pair]]:
-    """Stage 2's data as {task: its pairs}, from a file or folder, or built in.
+def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
+               cap: int | None = None) -> dict[str, Sequence[Pair]]:
+    """Stage 2's data as {task: its pairs}, from files or folders, "a,b", or built in.
 
     unusable: a list that collects the errors of rows without task or kind; if it is
-    None, the first such row raises. seed: of the built-in data.
+    None, the first such row raises. seed: of the built-in data, and of the sample if cap
+    is given: at most so many pairs of each task, the same in every epoch.
     """
     # What belongs to the built-in data is imported only for it.
-    name, _, split = path.partition(":")
-    if name == BUILTIN:
+    split = builtin_split(path, cap)
+    if split is not None:
         from nano_moca.builtin.tasks import builtin_tasks
 
-        return builtin_tasks(split or "train", seed)
+        return builtin_tasks(split, seed)
 
     # Each row is parsed once for its task, and again whenever its pair is asked for.
-    stored = open_rows(path)
+    columns = ("task", "kind", "query", "positive", "negatives")
+    stored = Joined(open_rows(source, columns=columns) for source in split_sources(path))
     tasks: dict[str, LazyRows] = {}
     for number in range(len(stored)):
         try:
@@ -254,4 +347,4 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None
             if unusable is None:
                 raise
             unusable.append(error)
-    return tasks
+    return {name: task.sample(cap, seed, place) for place, (name, task) in enumerate(tasks.items())}

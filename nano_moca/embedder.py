@@ -17,13 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nano_moca.batch import EncodedRecord, Record
-from nano_moca.config import load_config
+from nano_moca.attention import Segments
+from nano_moca.batch import Batch, EncodedRecord, Record
 from nano_moca.data import make_record
+from nano_moca.families import load_config
 from nano_moca.files import MocaError
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import empty_model, find_checkpoint, load_weights, stored_dtype
+from nano_moca.weights import (
+    empty_model, find_checkpoint, find_weights, load_weights, stored_dtype,
+)
 
 TOKENS_AT_ONCE = 8192  # of one forward pass of `embed`, about
 
@@ -42,9 +45,10 @@ class Moca:
     def embed(self, items: Sequence[str | dict | Record]) -> Tensor:
         """Unit vectors [N, D], float32 on the CPU, in the items' order.
 
-        An item is a text, or {"text": ..., "images": [paths, bytes or PIL images]} with
-        one mark `<|vision_start|><|image_pad|><|vision_end|>` in the text per image.
-        MocaError names an item that cannot be used.
+        An item is a text, or {"text": ..., "images": [...]} with one mark
+        `<|vision_start|><|image_pad|><|vision_end|>` in the text per image. An image is a
+        path, bytes, a PIL image, or a uint8 array or tensor [height, width, 3]. MocaError
+        names an item that cannot be used.
         """
         # Every item is looked at before the first one runs: a bad one is named at once.
         records = as_records(items)
@@ -73,7 +77,7 @@ class Moca:
         if not records:
             return []
         batch = self.processor.batch(records).to(self.model.head.device)
-        captions = self.model.greedy(batch, steps, self.processor.end_token)
+        captions = greedy(self.model, batch, steps, self.processor.end_token)
 
         # Special tokens are shown: they are what the model said.
         decode = self.processor.tokenizer.decode
@@ -84,32 +88,67 @@ def as_records(items: Sequence[str | dict | Record]) -> list[Record]:
     """Texts, {"text", "images"} objects and records, as records.
 
     MocaError if a single item is given in place of a list (a text would be taken for a
-    list of letters), or an item is no record; its source is "item" and its number.
+    list of letters), or an item is no record; its source is "item" and its number, unless
+    it is a record with a source of its own.
     """
-    if isinstance(items, (str, dict, Record)):
+    if isinstance(items, (str, bytes, dict, Record)) or not hasattr(items, "__iter__"):
         raise MocaError("one item alone: give a list of items, [item]")
     records = []
     for number, item in enumerate(items):
         if isinstance(item, str):
             item = {"text": item}
+        if isinstance(item, Record) and item.source == Record.source:
+            item = vars(item)
         if not isinstance(item, Record):
             item = make_record(item, None, f"item {number}")
         records.append(item)
     return records
 
 
+@torch.no_grad()
+def greedy(model: VLM, batch: Batch, steps: int, end: int | None) -> list[list[int]]:
+    """Continue each record by its likeliest next token, up to `steps` times; the ids,
+    cut before the token `end`. Causal and without a cache."""
+    embeddings = list(model.embed_inputs(batch).split(batch.lengths))  # N x [L, D]
+    positions = list(batch.positions.split(batch.lengths, dim=1))  # N x [3, L]
+    captions: list[list[int]] = [[] for _ in embeddings]
+    for _ in range(steps):
+        # The last hidden state of each record predicts its next token.
+        segments = Segments(tuple(map(len, embeddings)), batch.tokens.device)
+        x = torch.cat(embeddings)  # [T, D]
+        hidden = model.language(x, torch.cat(positions, dim=1), segments, causal=True)
+        last = hidden[segments.offsets[1:].long() - 1]  # [N, D]
+        tokens = (last @ model.head.T).argmax(-1)  # [N]
+        new = model.language.embed_tokens(tokens)  # [N, D]
+
+        # Append it; all three axes go on from the largest position so far.
+        for n, token in enumerate(tokens.tolist()):
+            captions[n].append(token)
+            embeddings[n] = torch.cat([embeddings[n], new[n : n + 1]])
+            after = positions[n].max() + 1
+            positions[n] = torch.cat([positions[n], after.expand(3, 1)], dim=1)
+        if all(end in caption for caption in captions):
+            break
+
+    return [ids[: ids.index(end)] if end in ids else ids for ids in captions]
+
+
 def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
          dtype: torch.dtype | None = None, attention: str | None = None,
          pooling: str | None = None, min_pixels: int | None = None,
-         max_pixels: int | None = None) -> Moca:
+         max_pixels: int | None = None, max_tokens: int | None = None,
+         processor: str | Path | None = None, allow_extra: bool = False) -> Moca:
     """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
 
     device: default CUDA if there is one. dtype: default float32 on CPU, the
     checkpoint's own on CUDA. attention: "bidirectional" or "causal", pooling: "mean" or
     "last"; default: what the model was trained with (our scripts write it into
     config.json), else bidirectional, and the mean, or if causal the last token. The
-    pixel limits of images are the checkpoint's unless given. MocaError says what is
-    wrong with the files.
+    pixel limits of images are the checkpoint's unless given. max_tokens: longer texts
+    are shortened to it; default: what the model was trained with, else no limit.
+    processor: the checkpoint whose tokenizer and image processor are taken, for weights
+    that come without theirs. allow_extra: pass over tensors that the model does not
+    need. MocaError says what is wrong with the files.
     """
     folder = find_checkpoint(path_or_hub_id)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -125,13 +164,20 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     if attention not in ("bidirectional", "causal") or pooling not in POOLINGS:
         raise MocaError(f"{folder}: attention is {attention!r} and pooling {pooling!r}: "
                         "use bidirectional or causal, mean or last")
+    max_tokens = trained_with.get("max_tokens") if max_tokens is None else max_tokens
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise MocaError(f"{folder}: max_tokens is {max_tokens!r}: give a whole number above 0")
 
-    processor = Processor.load(folder, config, min_pixels, max_pixels)
+    # Of another checkpoint no weights are needed.
+    files = find_checkpoint(processor, "*.json") if processor else folder
+    prepare = Processor.load(files, config, min_pixels, max_pixels)
     if dtype is None:
         dtype = stored_dtype(config) if device.type == "cuda" else torch.float32
 
-    # The memory is given once, in the dtype and on the device where it stays.
+    # The memory is given once, in the dtype and on the device where it stays; and only
+    # if the weights fit into it.
     model = empty_model(config, dtype)
+    find_weights(folder, model, allow_extra)
     model.to_empty(device=device)
-    load_weights(model, folder)
-    return Moca(model.eval(), processor, attention, pooling)
+    load_weights(model, folder, allow_extra=allow_extra)
+    return Moca(model.eval(), prepare, attention, pooling, max_tokens)

@@ -11,9 +11,10 @@ written under its own name:
     folder.new    is renamed to folder; then folder.old is removed
 
 A rename happens completely or not at all. So whenever the process dies, a complete
-folder is left as `folder` or as `folder.old`, and `find_folder` finds it.
+folder is left as `folder` or as `folder.old`, and `find_folder` finds it. A file in it,
+`.nano_moca`, says what we put there: guard.py keeps a run from replacing anything else.
 
-Left out: locks. Two runs that write into one folder spoil each other's files.
+Left out: locks (guard.py has one).
 """
 
 import json
@@ -25,6 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+MARKER = ".nano_moca"  # in a folder that we wrote: patterns of the names that we put there
 
 
 class MocaError(Exception):
@@ -115,38 +118,65 @@ def replacing(path: Path) -> Iterator[Path]:
 def flush(file: Path) -> None:
     """Return when the content of a file is on the disk: a rename may get there before
     it."""
-    with open(file, "rb") as handle:
+    with writing(file), open(file, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def first_lines(path: Path, count: int | None = None) -> str:
+    """The first `count` lines of a text file (None: all); no line if there is no file."""
+    if not path.exists():
+        return ""
+    text = regular_file(path).read_text(encoding="utf-8", errors="replace")
+    return "".join(text.splitlines(keepends=True)[:count])
+
+
+def put_text(path: Path, text: str) -> None:
+    """Replace a file, at once, by one of this text; by none if there is no text."""
+    if not text:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 # --- folders ----------------------------------------------------------------------
 
 
+def beside(path: Path, ending: str) -> Path:
+    """The path with this ending, where links lead: a link stays one, and the two are on
+    one disk, so that one can be renamed to the other."""
+    return Path(os.path.realpath(path) + ending)
+
+
 def find_folder(folder: Path) -> Path:
     """`folder`, put back from its `.old` if a crash fell between the two renames of
-    `replace_folder`."""
-    old = folder.with_name(folder.name + ".old")
+    `replace_folder`; an `.old` that is left over goes."""
+    old = beside(folder, ".old")
     if old.exists() and not folder.exists():
-        old.rename(folder)
+        old.rename(beside(folder, ""))
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def fresh_folder(folder: Path) -> Path:
     """An empty `<folder>.new` to write into; once it is complete, `replace_folder`
     gives it its name."""
-    fresh = folder.with_name(folder.name + ".new")
+    fresh = beside(folder, ".new")
 
     # A crash while it was written left it half full: start again.
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
+    put_text(fresh / MARKER, "*")  # until it is complete
     return fresh
 
 
 def replace_folder(folder: Path) -> None:
     """Put `<folder>.new` in the place of `folder`. A crash at any moment leaves the
     old or the new one complete, for `find_folder` to find."""
-    fresh = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
+    fresh = beside(folder, ".new")
+    old = beside(folder, ".old")
+    names = [file.name for file in fresh.iterdir()]
+    put_text(fresh / MARKER, "\n".join(names))
 
     # A rename may reach the disk before the content does: flush the content first.
     for file in fresh.rglob("*"):
@@ -155,10 +185,9 @@ def replace_folder(folder: Path) -> None:
 
     # After an earlier crash .old may be the only complete one: put it back first.
     find_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
     # Between the two renames nothing has the name, but .old and .new are complete.
     if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
+        beside(folder, "").rename(old)
+    fresh.rename(beside(folder, ""))
     shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,7 @@ text and range, so `--help` cannot disagree with the code. A flag that is unknow
 out of range ends the program with one line and exit code 2; any other error that the
 user can fix ends it with one line and exit code 1.
 
-Left out: configuration files and flags that depend on each other.
+Left out: configuration files.
 """
 
 import argparse
@@ -22,8 +22,10 @@ import torch.distributed as dist
 from nano_moca.config import BASE
 from nano_moca.files import MocaError
 
+LARGEST = 2**63 - 1  # that a seed, a count or a weight can be
 
-def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf,
+
+def flag(default: Any, help: str, low: float = -math.inf, high: float = LARGEST,
          choices: tuple[str, ...] | None = None) -> Any:
     """A field of a flags dataclass: default, help text, and the values that make sense."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
@@ -45,18 +47,22 @@ class CommonFlags:
 
     # What is read and written.
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
-    data: str = flag("builtin", ".jsonl or .parquet file, or a folder of them")
+    data: str = flag("builtin", ".jsonl, .parquet or .arrow file, a folder, or several: a,b")
+    cap: int = flag(None, "at most so many rows of each in --data (stage 2: of each task)", low=1)
+    processor: str = flag(None, "checkpoint whose tokenizer and image processor to take "
+                          "(default: --model's)")
+    allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
     steps: int = flag(1000, "optimiser steps", low=1)
-    min_pixels: int = flag(None, "smallest image area in pixels (default: the checkpoint's)")
-    max_pixels: int = flag(None, "largest image area in pixels (default: the checkpoint's)")
+    min_pixels: int = flag(None, "smallest image area (default: the checkpoint's)", low=1)
+    max_pixels: int = flag(None, "largest image area (default: the checkpoint's)", low=1)
 
     # How it is learned.
     attention: str = flag("bidirectional", "of the decoder", choices=("bidirectional", "causal"))
     learning_rate: float = flag(2e-3, "peak value; 2e-6 for 3B and 7B", low=0, high=1)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises", low=0, high=1)
-    clip: float = flag(5.0, "largest gradient norm; inf for no limit", low=1e-9)
-    seed: int = flag(0, "for data order, masks and new weights", low=0, high=2**63 - 1)
+    clip: float = flag(5.0, "largest gradient norm; inf for no limit", low=1e-9, high=math.inf)
+    seed: int = flag(0, "for data order, masks and new weights", low=0)
 
     # How it runs, and what happens when something breaks.
     device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
@@ -91,12 +97,21 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
     # Ends here with exit code 0 (--help) or 2 (a mistake).
     flags = parser.parse_args(argv)
 
-    # Argparse knows no ranges; asked this way round, nan is refused too.
     for field in dataclasses.fields(kind):
+        # An unset variable of the shell: a path "" would mean the current folder.
         value = getattr(flags, field.name)
+        if isinstance(value, str) and not value.strip():
+            parser.error(f"{names[field.name]} is empty: give a value, or leave it out")
+
+        # Argparse knows no ranges; asked this way round, nan is refused too.
         low, high = field.metadata["low"], field.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
-            parser.error(f"{names[field.name]} {value} is not from {low} to {high}")
+            parser.error(f"{names[field.name]} {str(value)[:40]} is not from {low} to {high}")
+
+    # The only two that can contradict each other.
+    low, high = getattr(flags, "min_pixels", None), getattr(flags, "max_pixels", None)
+    if None not in (low, high) and low > high:
+        parser.error(f"--min-pixels {low} is more than --max-pixels {high}")
     return kind(**vars(flags))
 
 
@@ -115,6 +130,12 @@ def main_guard(main: Callable[[], object]) -> None:
         message = f"{place}: {error.strerror or error}: fix it and run again"
     except KeyboardInterrupt:
         message = "interrupted"
+    except RuntimeError as error:
+        # Another rank has ended, and said why; or torch raises this for a bug of ours.
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
+            raise
+        message = f"rank {os.environ['RANK']} stops, because another rank has ended"
 
     # At once, without cleaning up: other ranks may be waiting for us in a collective.
     print(f"error: {message}", file=sys.stderr, flush=True)

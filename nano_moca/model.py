@@ -9,8 +9,8 @@ tower, the decoder, the two joined (`VLM`), and stage 1's reconstruction. Who kn
 Qwen-VL may begin at `pool` and `VLM`; all from `PatchDecoder` on is MoCa's.
 The letters of all shapes stand in `__init__.py`. What one does with the hidden states:
 
-- `VLM.greedy` reads them causally and predicts the next token: what the checkpoint was
-  made for.
+- `greedy` in embedder.py has them made causally and predicts the next token: what the
+  checkpoint was made for.
 - `VLM.embed` reads them in both directions and pools each record into one unit vector:
   what MoCa makes of it.
 - `ReconstructionModel` (stage 1) predicts masked tokens with the model's own output
@@ -247,14 +247,18 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = Merger(config)
 
-    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """patches [P, 1176], by 2x2 groups; grids [I, 3] on the host: frames, rows
-        and columns of patches -> image tokens [J, D]."""
-        P = len(patches)
-        config, device = self.config, patches.device
+    def arrange(self, grids: Tensor, device: torch.device
+                ) -> tuple[Tensor, Tensor, Segments, Segments]:
+        """Where the patches of all images are, and which of them attend to each other.
 
-        # Where each patch is in its image, which patches attend to each other, and
-        # the order in which the patches of a window are neighbours.
+        grids [I, 3] on the host: frames, rows and columns of patches. Returns
+
+        order            [J], the groups of all images in the order of the windows
+        angles           [P, d/2], the patches' rotary angles in that order
+        full segments    whole images
+        window segments  their windows, in that order; without windows, whole images
+        """
+        config = self.config
         positions = []
         orders = []
         window_lengths = []
@@ -279,15 +283,20 @@ class VisionTower(nn.Module):
         frequencies = rotary_frequencies(head_width // 2, VISION_ROPE_THETA, device)  # [d/4]
         position = torch.cat(positions).to(device)  # [P, 2]
         angles = (position[:, :, None] * frequencies).flatten(1)  # [P, d/2]
+        angles = angles.view(len(order), config.merge**2, -1)[order]  # [J, 4, d/2]
+        return order, angles.flatten(0, 1), full_segments, window_segments
+
+    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """patches [P, 1176], by 2x2 groups; grids [I, 3] on the host: frames, rows
+        and columns of patches -> image tokens [J, D]."""
+        order, angles, full_segments, window_segments = self.arrange(grids, patches.device)
 
         # Embed the patches, and sort them by window.
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, E]
-        group_shape = (len(order), config.merge**2, -1)
-        x = x.view(group_shape)[order].view(P, -1)  # [J, 4, E] -> [P, E]
-        angles = angles.view(group_shape)[order].view(P, -1)  # [J, 4, d/2] -> [P, d/2]
+        x = x.view(len(order), self.config.merge**2, -1)[order].flatten(0, 1)  # [P, E]
 
         for number, block in enumerate(self.blocks):
-            segments = full_segments if number in config.full_blocks else window_segments
+            segments = full_segments if number in self.config.full_blocks else window_segments
             x = run_layer(block, self.checkpointing, x, angles, segments)  # [P, E]
 
         # Four patches become one image token; then back from windows to the image's
@@ -304,15 +313,12 @@ def mrope_angles(positions: Tensor, config: Config) -> Tensor:
 
     A token's position is a triple (frame, row, column). For text the three are
     equal, so this is ordinary rotary embedding; an image token carries its place in
-    the grid. Each of the d/2 frequencies turns with one axis: the fastest with the
-    frame, the next with the row, the slowest with the column; the config's sections
-    say how many with each.
+    the grid. Each of the d/2 frequencies turns with one axis, `config.rope_axes`: the
+    fastest with the frame, the next with the row, the slowest with the column.
     """
     frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)
-    angles = []
-    for axis, turning in zip(positions, frequencies.split(config.rope_sections), strict=True):
-        angles.append(axis[:, None] * turning)  # [T, section]
-    return torch.cat(angles, dim=-1)  # [T, d/2]
+    axes = torch.tensor(config.rope_axes, device=positions.device)  # [d/2]
+    return positions[axes].T * frequencies  # [T, d/2]
 
 
 class SelfAttention(nn.Module):
@@ -368,12 +374,14 @@ class Decoder(nn.Module):
     form the bidirectional encoder that MoCa trains; nothing else changes.
     """
 
+    layer = DecoderLayer  # a later family has another
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor, positions: Tensor, segments: Segments, causal: bool) -> Tensor:
@@ -412,12 +420,16 @@ def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
 class VLM(nn.Module):
     """Vision tower, decoder and output head (the embedding itself when they are tied)."""
 
+    # A later family has other towers, and all else from here.
+    vision_tower = VisionTower
+    decoder = Decoder
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.run_vision_always = False  # also in a batch without images: see `embed_inputs`
-        self.visual = VisionTower(config.vision)
-        self.language = Decoder(config)
+        self.visual = self.vision_tower(config.vision)
+        self.language = self.decoder(config)
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
 
@@ -458,33 +470,6 @@ class VLM(nn.Module):
         hidden = self(batch, causal)  # [T, D]
         return F.normalize(pool(hidden, batch, pooling), dim=-1)
 
-    @torch.no_grad()
-    def greedy(self, batch: Batch, steps: int, end: int) -> list[list[int]]:
-        """Continue each record by its likeliest next token, up to `steps` times; the
-        ids, cut before the token `end`. Causal and without a cache."""
-        embeddings = list(self.embed_inputs(batch).split(batch.lengths))  # N x [L, D]
-        positions = list(batch.positions.split(batch.lengths, dim=1))  # N x [3, L]
-        captions: list[list[int]] = [[] for _ in embeddings]
-        for _ in range(steps):
-            # The last hidden state of each record predicts its next token.
-            segments = Segments(tuple(map(len, embeddings)), batch.tokens.device)
-            x = torch.cat(embeddings)  # [T, D]
-            hidden = self.language(x, torch.cat(positions, dim=1), segments, causal=True)
-            last = hidden[segments.offsets[1:].long() - 1]  # [N, D]
-            tokens = (last @ self.head.T).argmax(-1)  # [N]
-            new = self.language.embed_tokens(tokens)  # [N, D]
-
-            # Append it; all three axes go on from the largest position so far.
-            for n, token in enumerate(tokens.tolist()):
-                captions[n].append(token)
-                embeddings[n] = torch.cat([embeddings[n], new[n : n + 1]])
-                after = positions[n].max() + 1
-                positions[n] = torch.cat([positions[n], after.expand(3, 1)], dim=1)
-            if all(end in caption for caption in captions):
-                break
-
-        return [ids[: ids.index(end)] if end in ids else ids for ids in captions]
-
 
 # --- stage 1: reconstruction ----------------------------------------------------------
 
@@ -494,10 +479,10 @@ class PatchDecoder(nn.Module):
     of the decoder, and a linear map to pixels. It is thrown away after stage 1.
     (Released code: qwen2_5_vl_embed.py:305-309 and 566-596.)"""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.config = config
-        self.layer = DecoderLayer(config)
+        self.config = config = decoder.config
+        self.layer = decoder.layer(config)
         self.head = nn.Linear(config.width, config.vision.group_values)
 
     @torch.no_grad()
@@ -548,7 +533,7 @@ class ReconstructionModel(nn.Module):
         super().__init__()
         self.vlm = vlm
         with torch.device(vlm.head.device):  # "meta" while a model is being built
-            self.patch_decoder = PatchDecoder(vlm.config)
+            self.patch_decoder = PatchDecoder(vlm.language)
 
     def forward(self, masked: MaskedBatch, causal: bool, mlm_count: float | None = None,
                 mae_count: float | None = None, predict: bool = False) -> tuple[Tensor, Tensor]:

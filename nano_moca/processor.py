@@ -12,30 +12,56 @@ There is no padding, and no batch dimension.
 
 Everything the model could get wrong silently is refused here: a mark without its
 image, an image, video or mask token that belongs to no image, an empty text, an
-image that does not open.
+image that does not open, a tokenizer or an image processor of another model.
+
+An image is what a viewer shows: upright, and what is transparent is white.
 
 Left out: video; chat templates (a text is taken as it is).
 """
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer
 
 from nano_moca.batch import MARK, Batch, EncodedRecord, ImageLike, Record
 from nano_moca.config import Config
-from nano_moca.files import MocaError, read_json, write_json
+from nano_moca.files import MocaError, read_json, reason, regular_file, write_json
 
 MASK = "<|mask|>"
 RESERVED = ("<|image_pad|>", "<|video_pad|>", MASK)  # refused outside a mark
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TOKEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+MAX_CHARACTERS = 5_000_000  # of a text: they may cost the tokenizer 4 GB and 10 seconds
+
+# What may be opened; Pillow knows formats that are programs (PostScript) too. And by
+# which words a PNG may say, behind its pixels, how it is turned.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+PNG_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+# What an image processor's file may say, beside the sizes of config.json: how pixels are
+# computed; and, with other values, the limits of an image's area in pixels, also called
+# edges, the mean and deviation of each channel, CLIP's if it does not say, and what has
+# no effect.
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+SETTINGS: dict[str, tuple | None] = {
+    "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,), "do_convert_rgb": (True,),
+    "resample": (3,), "rescale_factor": (1 / 255, float(np.float32(1 / 255))),
+    "image_processor_type": ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast",
+                             "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")}
+SETTINGS |= dict.fromkeys([
+    "size", "min_pixels", "max_pixels", "image_mean", "image_std", "processor_class", "crop_size",
+    "pad_size", "data_format", "input_data_format", "default_to_square", "feature_extractor_type"])
+EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 Grid = tuple[int, int, int]  # frames, height and width of an image in patches
 
 
@@ -65,38 +91,115 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> t
 
 
 def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Image:
-    """A PIL image with its header read, or decoded to RGB.
+    """An image as a viewer shows it: RGB, upright, and white where it is transparent; or,
+    unless asked to `decode`, a blank one of its size, from its header alone.
 
-    MocaError, with source and file, if it is absent, broken, or of more than 8 bits.
+    MocaError, with source and file, if it is absent, broken, too large, or of more than 8
+    bits.
     """
-    # Its name in errors; an image opened from bytes has an empty filename.
-    name = getattr(image, "filename", image)
-    unnamed = isinstance(name, bytes) or not name
-    name = "an image given as bytes" if unnamed else f"the image {name}"
-
+    kind = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
+    name = image if isinstance(image, (str, Path)) else f"given as {kind.strip()}"
     try:
-        if isinstance(image, bytes):
-            image = io.BytesIO(image)
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
+        with warnings.catch_warnings():
+            # Pillow refuses a decompression bomb; of half of one, 89 million pixels, it warns.
+            warnings.filterwarnings("ignore", module="PIL")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = read_image(image)
+            if not decode:
+                blank = Image.new("1", picture.size)
+                blank.info = picture.info
+                picture = blank
 
-        # Converting 16 or 32 bits would clip them: all white, or all black.
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-        return image.convert("RGB") if decode else image
-    except FileNotFoundError:
-        raise MocaError(f"{source}: {name} does not exist: correct the path") from None
+            # Converted in memory, it may still call a colour transparent that once was.
+            see_through = picture.has_transparency_data
+            see_through &= picture.format is not None or picture.mode not in ("L", "RGB")
+
+            # If the metadata are damaged, viewers show it as it is stored.
+            picture.load()
+            with suppress(Exception):
+                picture = ImageOps.exif_transpose(picture)
+
+            # As Qwen's own loader does.
+            if decode and see_through:
+                colours = picture.convert("RGBA")
+                picture = Image.new("RGB", picture.size, "white")
+                picture.paste(colours, mask=colours)
+            return picture.convert("RGB") if decode else picture
+    except MocaError as error:
+        raise MocaError(f"{source}: the image {error}") from None
     # Pillow raises a dozen kinds for files that are no good images.
     except Exception as error:
-        raise MocaError(f"{source}: {name} is broken ({error}): replace the file") from None
+        what = reason(error).partition(" <")[0]  # without an object's address
+        raise MocaError(f"{source}: the image {name} cannot be used ({what}): give a sound file, "
+                        "its bytes, or an array uint8 [height, width, 3]") from None
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """A PIL image; of a file, only its header is decoded. No file stays open: a process
+    may hold only so many. Errors of many kinds."""
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = Image.fromarray(np.asarray(image))
+    if isinstance(image, (str, Path)):
+        image = regular_file(Path(image)).read_bytes()
+
+    # A PNG's metadata may stand behind its pixels, found only by decoding them.
+    late = True
+    if not isinstance(image, Image.Image):
+        content = image
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        late = image.format == "PNG" and any(name in content for name in PNG_METADATA)
+    if late and "exif" not in image.info:
+        image.load()
+
+    # Converting 16 or 32 bits would clip them: all white, or all black.
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+    return image
+
+
+# --- what goes into a processor, checked ------------------------------------------
+
+
+def image_settings(content: dict, config: Config, file: str) -> dict:
+    """The settings in an image processor's file, with the limits of an image's area.
+    MocaError for a key that is unknown, or that says what is not done here."""
+    vision = config.vision
+    table = SETTINGS | {"patch_size": (vision.patch,), "merge_size": (vision.merge,),
+                        "temporal_patch_size": (vision.frames,)}
+    size = content.get("size") or {}
+    if not isinstance(size, dict):
+        raise MocaError(f"{file}: size is {size!r}: give shortest_edge and longest_edge")
+
+    # As in transformers, what stands beside a size comes before what stands in it.
+    settings = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+    for key, value in (size | content).items():
+        key = EDGES.get(key, key)
+        possible = table.get(key, (None, False))  # an unknown key may say that it is off
+        if possible and value not in possible:
+            raise MocaError(f"{file}: {key} is {value!r} and not {possible[0]!r}, the only way "
+                            "that is known here: take the file of this checkpoint")
+        if key != "size" and (value is not None or key not in settings):
+            settings[key] = value
+
+    low, high = settings["min_pixels"], settings["max_pixels"]
+    if type(low) is not int or type(high) is not int or not 0 < low <= high < 10**9:
+        raise MocaError(f"{file}: min_pixels {low!r} and max_pixels {high!r}: correct it, or "
+                        "--min-pixels and --max-pixels, to whole numbers above 0 in this order")
+    for key, clip, least in (("image_mean", CLIP_MEAN, 0), ("image_std", CLIP_STD, 0.001)):
+        values = settings.setdefault(key, clip)
+        values = values if isinstance(values, list) else []
+        if [type(n) in (int, float) and least <= n <= 1 for n in values] != [True, True, True]:
+            raise MocaError(f"{file}: {key} is {settings[key]!r}: give three numbers up to 1")
+    return settings
 
 
 def check_text(record: Record) -> None:
-    """MocaError for an empty text, for more or fewer marks than images, and for
-    tokens of images (or the mask token) outside a mark."""
+    """MocaError for an empty or endless text, for more or fewer marks than images, and
+    for tokens of images (or the mask token) outside a mark."""
     source = record.source
-    if not record.text.strip():
-        raise MocaError(f"{source}: the text is empty: give it words or an image mark")
+    if not record.text.strip() or len(record.text) > MAX_CHARACTERS:
+        raise MocaError(f"{source}: the text has {len(record.text)} characters: give one that is "
+                        f"not empty, of at most {MAX_CHARACTERS}")
 
     # Marks and images belong together by their order, so none may be missing.
     marks = record.text.count(MARK)
@@ -114,29 +217,29 @@ def check_text(record: Record) -> None:
 class Processor:
     """Tokenizer and image processor of one checkpoint."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, image: dict, source: str = "") -> None:
-        """image: the content of preprocessor_config.json. source: the tokenizer's
-        file, for errors. MocaError if they do not belong together."""
+    def __init__(self, tokenizer: Tokenizer, config: Config, image: dict, source: str = "",
+                 image_source: str = "preprocessor_config.json") -> None:
+        """image: the image processor's settings. source, image_source: the files of both,
+        for errors. MocaError if they do not belong to the model."""
         self.tokenizer = tokenizer
         self.config = config
-        self.image = dict(image)
+        self.source = source
+        self.image = image_settings(image, config, image_source)
+        self.min_pixels = self.image["min_pixels"]
+        self.max_pixels = self.image["max_pixels"]
+        self.mean = np.array(self.image["image_mean"], np.float32)  # [3]
+        self.std = np.array(self.image["image_std"], np.float32)  # [3]
 
-        # The limits of an image's area, in pixels; newer files call them a size.
-        size = self.image.pop("size", None)
-        size = size if isinstance(size, dict) else {}
-        self.min_pixels = image.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        self.max_pixels = image.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise MocaError(f"min_pixels {self.min_pixels} must be above 0 and at most max_pixels, "
-                            f"{self.max_pixels}: correct preprocessor_config.json or the flags")
-        self.mean = np.array(image.get("image_mean", CLIP_MEAN), np.float32)  # [3]
-        self.std = np.array(image.get("image_std", CLIP_STD), np.float32)  # [3]
+        # Each of its tokens needs an embedding.
+        last = max(tokenizer.get_vocab().values())
+        if last >= config.vocabulary:
+            raise MocaError(f"{source}: {tokenizer.id_to_token(last)} is {last}, of "
+                            f"{config.vocabulary} in config.json: take both from one checkpoint")
 
         # A new mask token gets the first id after the last: Qwen's embeddings are
         # padded, so there is an unused one.
         is_new = tokenizer.token_to_id(MASK) is None
-        if is_new:
-            tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
+        tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
 
         # Ids come from the tokenizer, not from literals: they differ by checkpoint.
         added = tokenizer.get_added_tokens_decoder()
@@ -147,13 +250,10 @@ class Processor:
         self.end_token = ids.get("<|im_end|>", ids.get("<|endoftext|>"))
 
         # The tokenizer has to be the one that the model was trained with.
-        borders = {"<|vision_start|>", "<|vision_end|>"}
-        if self.image_token is None or not borders <= ids.keys():
-            raise MocaError(f"{source} lacks the tokens of {MARK}: take the checkpoint's own file")
-        expected = config.raw.get("image_token_id", self.image_token)
-        if expected != self.image_token:
-            raise MocaError(f"{source}: <|image_pad|> is {self.image_token} and config.json says "
-                            f"{expected}: take both from one checkpoint")
+        for key, token in TOKEN_IDS.items():
+            if token not in ids or config.raw.get(key) not in (None, ids[token]):
+                raise MocaError(f"{source}: {token} is {ids.get(token)}, in config.json it is "
+                                f"{config.raw.get(key)}: take both from one checkpoint")
 
         # Stage 1 masks none of these.
         special = {number for number, token in added.items() if token.special}
@@ -163,12 +263,15 @@ class Processor:
     @classmethod
     def load(cls, folder: Path, config: Config, min_pixels: int | None = None,
              max_pixels: int | None = None) -> "Processor":
-        """Read tokenizer.json and preprocessor_config.json. The limits of an image's
-        area are the file's unless given. MocaError for files that do not serve."""
+        """Read tokenizer.json, and the image processor from processor_config.json or
+        preprocessor_config.json. The limits of an image's area are the file's unless given.
+        MocaError for files that do not serve."""
         path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise MocaError(f"{path} is no file: copy it, or name a --processor that has it")
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        # The library raises plain Exception, for an absent file too.
+        # The library raises plain Exception.
         except Exception as error:
             raise MocaError(f"{path} cannot be read ({error}): copy it again") from None
 
@@ -176,13 +279,18 @@ class Processor:
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
+        # transformers 5 writes one file for all processors, and reads it first; in older
+        # folders such a file has no image processor.
+        file = path.with_name("processor_config.json")
+        image = read_json(file).get("image_processor") if file.exists() else None
+        if not isinstance(image, dict):
+            file = path.with_name("preprocessor_config.json")
+            image = read_json(file)
+
         # A limit that is given replaces the file's.
-        image = read_json(path.with_name("preprocessor_config.json"))
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         limits = {name: limit for name, limit in given.items() if limit is not None}
-        if any(limit < 1 for limit in limits.values()):
-            raise MocaError(f"pixel limits must be at least 1: {limits}")
-        return cls(tokenizer, config, image | limits, str(path))
+        return cls(tokenizer, config, image | limits, str(path), str(file))
 
     # --- images: from pixels to patches, and back ---------------------------------
 
@@ -253,8 +361,10 @@ class Processor:
         that names it.
         """
         source = record.source
-        images = [open_image(image, source, decode) for image in record.images]
         check_text(record)
+
+        # One image after the other: none is kept, decoded or open.
+        grids = [self.grid(open_image(image, source, decode), source) for image in record.images]
 
         # Token ids, at first with one pad for each image.
         try:
@@ -265,18 +375,23 @@ class Processor:
 
         # A pad is repeated once per merged group of its image, all else stands once.
         per_group = self.config.vision.merge**2
-        grids = [self.grid(image, source) for image in images]
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == self.image_token] = [math.prod(grid) // per_group for grid in grids]
         tokens = np.repeat(ids, repeats)  # [L]
 
-        # Shorten the text, but not before the end of the last image's mark.
+        # Shorten the text, but not before the end of the last image's mark, and not the
+        # end token that closes it, such as <|im_end|>, nor a line end after that.
         if max_tokens and len(tokens) > max_tokens:
-            needed = np.flatnonzero(tokens == self.image_token).max(initial=-1) + 2
+            images_end = np.flatnonzero(tokens == self.image_token).max(initial=-2) + 2
+            after = np.isin(tokens[images_end:], self.special_tokens)
+            closing = int(after[-1:].any())
+            if after[-2:-1].any() and record.text.endswith("\n"):
+                closing = 2
+            needed = images_end + closing
             if needed > max_tokens:
-                raise MocaError(f"{source}: its images need {needed} tokens of {max_tokens}: "
-                                "raise --max-tokens or lower the checkpoint's max_pixels")
-            tokens = tokens[:max_tokens]
+                raise MocaError(f"{source}: all up to its last image, and its end, need {needed} "
+                                f"tokens of {max_tokens}: raise --max-tokens or lower --max-pixels")
+            tokens = np.append(tokens[: max_tokens - closing], tokens[len(tokens) - closing :])
         positions = self._positions(tokens, grids)
         return EncodedRecord(tokens, positions, record.images, grids, source)
 
@@ -344,6 +459,5 @@ class Processor:
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
         # The limits in use, and the name by which transformers knows the processor.
-        content = self.image | {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels,
-                                "image_processor_type": "Qwen2VLImageProcessor"}
+        content = self.image | {"image_processor_type": "Qwen2VLImageProcessor"}
         write_json(folder / "preprocessor_config.json", content)

@@ -12,6 +12,10 @@ train_cpt.py and train_cl.py, which call them in this order:
     at each step       update (clip, learning rate, AdamW), Log.write, save_progress
     close_run          after the last step
 
+The log and the list of skipped records are part of each checkpoint. What an earlier run
+left under their names stays until this run has a checkpoint; before, they are written
+beside it, as log.jsonl.part and skipped.jsonl.part.
+
 Left out: a Trainer class. What a step computes is in the scripts, and only there.
 """
 
@@ -28,10 +32,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from nano_moca.checkpoint import keep_lines, load_checkpoint, save_checkpoint
-from nano_moca.config import Config, grow_vocabulary, load_config
+from nano_moca.checkpoint import load_checkpoint, save_checkpoint
+from nano_moca.config import Config, grow_vocabulary
 from nano_moca.distributed import World
-from nano_moca.files import MocaError
+from nano_moca.families import load_config
+from nano_moca.files import MocaError, first_lines, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
 from nano_moca.weights import find_checkpoint
@@ -39,7 +44,7 @@ from nano_moca.weights import find_checkpoint
 # These flags may differ on --resume. Most change nothing that is computed; with other
 # --steps the rest of the schedule is another, and a GPU's products are not the CPU's.
 MAY_CHANGE = ("output", "steps", "save_every", "resume", "device", "checkpointing", "on_error",
-              "held_out", "no_report")
+              "held_out", "no_report", "allow_extra")
 
 
 def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
@@ -49,7 +54,8 @@ def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
     """
     folder = find_checkpoint(flags.model)
     config = load_config(folder)
-    processor = Processor.load(folder, config, flags.min_pixels, flags.max_pixels)
+    tools = find_checkpoint(flags.processor) if flags.processor else folder
+    processor = Processor.load(tools, config, flags.min_pixels, flags.max_pixels)
 
     # A new mask token takes a padded row of the embedding, or a new row if none is free.
     config = grow_vocabulary(config, processor.mask_token)
@@ -70,54 +76,72 @@ def skip_list(flags: CommonFlags, world: World) -> Path | None:
     run. All ranks draw the same records: only the main rank's list is kept."""
     if flags.on_error == "stop":
         return None
-    return Path(flags.output) / "skipped.jsonl" if world.main else Path(os.devnull)
+    return Path(flags.output) / "skipped.jsonl.part" if world.main else Path(os.devnull)
 
 
 def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimizer,
            batches: Any) -> dict | None:
-    """Make the output folder ready; with --resume, go back to the checkpoint in it.
+    """With --resume, go back to the checkpoint in the output folder.
 
     Returns the checkpoint's state, or None for a new run. Then model, optimiser and
     batches are as they were when it was saved. MocaError if flags or data differ from
-    those of the run that saved it.
+    those of the run that saved it, or a part of it is missing.
 
     batches: draws the data. Its `state` is a dictionary that says, among others, how
-    many "records" the data holds and how many were "skipped" so far.
+    many "records" the data holds and how many were "skipped" so far; perhaps also the
+    data's "fingerprint".
     """
-    output = Path(flags.output)
-    output.mkdir(parents=True, exist_ok=True)
-
     # With --resume and no checkpoint yet, a run begins: one command serves for both.
+    output = Path(flags.output)
     saved = None
     if flags.resume:
         saved = load_checkpoint(output / "checkpoint", world, model, optimizer)
         if saved is None and world.main:
-            print(f"{output} holds no checkpoint: starting anew", flush=True)
+            print(f"{one_line(output)} holds no checkpoint: starting anew", flush=True)
 
     # Other flags or other data would end in what is neither the old run nor a new one.
     if saved is not None:
-        check_same_flags(flags, saved["flags"])
-        before, now = saved["data"]["records"], batches.state["records"]
-        if before != now:
-            raise MocaError(f"--resume: {flags.data} held {before} records and now {now}: give "
-                            "the same data, or start anew without --resume")
-        batches.state = saved["data"]
-        if saved["step"] > flags.steps:
-            raise MocaError(f"--resume: {saved['step']} steps are done: --steps {flags.steps} "
-                            "is less")
+        check_same_run(flags, saved, batches.state)
+        batches.state |= saved["data"]
+        before = saved["flags"].get("steps")
+        if before != flags.steps and world.main:
+            print(f"--steps was {before} and is {flags.steps}: so is the schedule", flush=True)
 
-    # Drop what was listed after the checkpoint (in a new run: all): it is drawn again.
-    keep_lines(output / "skipped.jsonl", batches.state["skipped"], world)
+    # What was listed after the checkpoint is drawn again; in a new run, everything.
+    if world.main:
+        put_text(output / "skipped.jsonl.part", saved["skipped"] if saved else "")
     return saved
 
 
+def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
+    """MocaError if a checkpoint's state is incomplete, or of a run with other flags or
+    other data. data: the state of the data that --data names, at its beginning."""
+    lacking = {"step", "flags", "data", "log", "skipped"} - saved.keys()
+    lacking |= data.keys() - {"fingerprint", *saved.get("data", ())}
+    if lacking:
+        raise MocaError(f"--resume: the checkpoint says nothing of {', '.join(sorted(lacking))}: "
+                        "resume with the stage and version that wrote it, or start anew")
+    check_same_flags(flags, saved["flags"])
+
+    # As many records can be others.
+    for name in ("records", "fingerprint"):
+        before, now = saved["data"].get(name), data.get(name)
+        if None not in (before, now) and before != now:
+            raise MocaError(f"--resume: {name} of --data {flags.data}: {before} before, and now "
+                            f"{now}: give the same data, or start anew without --resume")
+    if saved["step"] > flags.steps:
+        raise MocaError(f"--resume: {saved['step']} steps are done: --steps {flags.steps} "
+                        "is less")
+
+
 def check_same_flags(flags: CommonFlags, before: dict) -> None:
-    """MocaError if a flag that changes the result differs from the value it had.
+    """MocaError if a flag that changes the result differs from the value it had, or is
+    no flag of this stage or version.
 
     A checkpoint that is older than a flag does not name it: nothing to compare.
     """
     for name, value in before.items():
-        if name not in MAY_CHANGE and getattr(flags, name) != value:
+        if name not in MAY_CHANGE and getattr(flags, name, None) != value:
             raise MocaError(f"--resume: --{name.replace('_', '-')} was {value}: give the same "
                             "flags, or start anew without --resume")
 
@@ -134,10 +158,10 @@ def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,
 
     # Numel of a sharded parameter counts the parts of all ranks.
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{flags.model} -> {Path(flags.output)}: {parameters:,} parameters, steps {done + 1} to "
-          f"{flags.steps} of {step_contents}, {world.size} rank(s) on "
-          f"{world.device.type}, products in {world.dtype}, weights in float32, "
-          f"seed {flags.seed}", flush=True)
+    plan = (f"{flags.model} -> {Path(flags.output)}: {parameters:,} parameters, steps {done + 1} "
+            f"to {flags.steps} of {step_contents}, {world.size} rank(s) on {world.device.type}, "
+            f"products in {world.dtype}, weights in float32, seed {flags.seed}")
+    print(one_line(plan), flush=True)
 
 
 class Log:
@@ -149,29 +173,31 @@ class Log:
     def __init__(self, path: Path, world: World, steps: int, saved: dict | None) -> None:
         """Open the log of a run of `steps` steps, new (saved None) or resumed.
 
-        saved: the checkpoint's state, of which "step" and "loss" are read. MocaError if
-        the log is not that checkpoint's.
+        saved: the checkpoint's state, of which "log" is read.
         """
-        # Steps after the checkpoint will run again: cut them off.
-        done = saved["step"] if saved else 0
-        self.lines = [json.loads(line) for line in keep_lines(path, done, world)]
+        self.lines = list(saved["log"]) if saved else []
+        self.path = path if world.main else Path(os.devnull)
 
-        # A later run that broke off early leaves its log beside an older checkpoint.
-        if saved and [line["loss"] for line in self.lines[-1:]] != [saved["loss"]]:
-            raise MocaError(f"{path} and the checkpoint beside it are of two runs: start anew "
-                            "without --resume")
-
-        # Written line by line, so that nothing is lost in a crash.
-        self.file = open(path if world.main else os.devnull, "a", buffering=1)
+        # Steps after the checkpoint will run again: their lines go. A new run's log
+        # stands beside an earlier one until there is a checkpoint.
+        if world.main:
+            part = path.with_name(path.name + ".part")
+            part.unlink(missing_ok=True)
+            if saved:
+                put_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            elif path.exists():
+                self.path = part
 
         # None is tqdm's word for: shown on a terminal, and not in a file.
-        self.bar = tqdm(total=steps, initial=done, disable=None if world.main else True,
+        self.bar = tqdm(total=steps, initial=len(self.lines), disable=None if world.main else True,
                         unit="step")
 
     def write(self, line: dict) -> None:
         """Log one step."""
+        # At once, so that nothing is lost in a crash.
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
         # The bar has room for losses and accuracy.
         names = [name for name in line if "loss" in name or name == "accuracy"]
@@ -179,10 +205,10 @@ class Log:
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
 
-    def close(self) -> None:
-        """Close file and bar; `lines` stay."""
-        self.file.close()
-        self.bar.close()
+    def publish(self) -> None:
+        """Take the place of an earlier run's log: there is a checkpoint now."""
+        if self.path.suffix == ".part":
+            self.path = self.path.replace(self.path.with_suffix(""))
 
 
 def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimizer: Optimizer,
@@ -202,7 +228,8 @@ def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimiz
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise MocaError(f"step {step}: the {name} is {value}; the weights keep their last "
-                            f"good state. Lower --learning-rate, or look at {', '.join(sources)}")
+                            f"good state. Lower --learning-rate, or look at the records, "
+                            f"{len(sources)} on this rank: {', '.join(sources[:5])}")
 
     # The schedule counts from 0.
     rate = flags.learning_rate * warmup_then_linear(step - 1, flags.steps, flags.warmup)
@@ -228,10 +255,15 @@ def save_progress(step: int, flags: CommonFlags, world: World, model: nn.Module,
 
     data_state: from which the next step's records are drawn.
     """
-    # By the loss --resume knows whether the log beside the checkpoint is the same run's.
+    # All that an earlier run left stays until the checkpoint stands under its name.
+    output = Path(flags.output)
+    skipped = first_lines(output / "skipped.jsonl.part", data_state["skipped"])
     state = {"step": step, "data": data_state, "flags": asdict(flags),
-             "loss": log.lines[-1]["loss"]}
-    save_checkpoint(Path(flags.output) / "checkpoint", world, model, optimizer, state)
+             "log": log.lines, "skipped": skipped}
+    save_checkpoint(output / "checkpoint", world, model, optimizer, state)
+    if world.main:
+        log.publish()
+        put_text(output / "skipped.jsonl", skipped)
 
 
 def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator,
@@ -240,11 +272,14 @@ def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator,
 
     loader: draws one step ahead, in a thread. data_state: after the last step.
     """
-    log.close()
+    log.bar.close()
 
     # Nothing was learned from the step drawn ahead: take back what it listed as skipped.
     loader.close()
     skipped = data_state["skipped"]
-    keep_lines(Path(flags.output) / "skipped.jsonl", skipped, world)
-    if skipped and world.main:
-        print(f"{skipped} times a record could not be used: see skipped.jsonl", flush=True)
+    if world.main:
+        part = Path(flags.output) / "skipped.jsonl.part"
+        put_text(part.with_suffix(""), first_lines(part, skipped))
+        part.unlink(missing_ok=True)
+        if skipped:
+            print(f"{skipped} times a record could not be used: see skipped.jsonl", flush=True)

@@ -4,15 +4,23 @@ The names of tensors have changed over the years. These layouts are read, in one
 model.safetensors or in shards with model.safetensors.index.json:
 
     transformers up to 4.51, hub  model.layers...          visual...        lm_head.*
-    transformers 4.52 and later   model.language_model...  model.visual...  lm_head.*
-    MoCa's released checkpoints   either, with mae_* tensors or without
+    some from 4.52 on             model.language_model...  model.visual...  lm_head.*
+    saved as AutoModel            language_model...        visual...
+    MoCa's released checkpoints   any, with mae_* tensors or without
+
+AutoModel, and so sentence-transformers, saves no output head. A model that shares it
+with the embedding lacks nothing then; of another one the head is missing.
 
 Every tensor that the model needs must be there exactly once, with its shape, and
 nothing else may be: if a missing key goes unnoticed, the model runs and its output
 is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
-keeps its part. We save in the first layout, which every reader knows.
+keeps its part. We save in the first layout, which every reader knows; a family that is
+younger than it in its own (`Config.saved_names`).
+
+A checkpoint may come from a stranger, or of a run that diverged: the shards that an
+index names lie in its folder, and weights are floating-point numbers and finite.
 
 Left out: other formats than safetensors, and quantised weights.
 """
@@ -28,21 +36,26 @@ from torch import Tensor
 
 from nano_moca.config import Config
 from nano_moca.distributed import copy_into_shard
-from nano_moca.files import MocaError, read_json, write_json
+from nano_moca.families import build_model
+from nano_moca.files import MocaError, read_json, regular_file, write_json
 from nano_moca.model import VLM
 
 # How a stored name begins, and how ours does; the first that fits counts.
 LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
-           ("visual.", "visual."), ("model.", "language."))
+           ("language_model.", "language."), ("visual.", "visual."), ("model.", "language."))
 EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SHARD_SIZE = "5GB"
-Header = dict[str, tuple[Path, tuple[int, ...]]]  # {stored name: (file, shape)}
+# Of a checkpoint on the hub.
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+TRAINED = ("F64", "F32", "F16", "BF16")  # the types that training gives, as files call them
+Header = list[tuple[str, Path, tuple[int, ...], str]]  # stored name, file, shape, type
+Found = dict[str, tuple[Path, str]]  # {our name: (file, stored name)}
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, *patterns: str) -> Path:
     """A local folder as it is; a hub id like "Qwen/Qwen2.5-VL-3B-Instruct" as its
-    download. MocaError if it is neither."""
+    download, of all files or those that fit `patterns`. MocaError if it is neither."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -51,7 +64,8 @@ def find_checkpoint(name: str | Path) -> Path:
 
     # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        patterns = patterns or DOWNLOADED
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise MocaError(f"{name} is not a folder, nor on the hub ({reason})") from None
@@ -70,121 +84,144 @@ def our_name(stored: str) -> str | None:
     return stored
 
 
-def stored_name(ours: str) -> str:
+def stored_name(ours: str, config: Config) -> str:
     """The other way round, into the layout that we save."""
     name = ours.replace("patch_embed.", "patch_embed.proj.")
-    if name.startswith("language."):
-        name = "model." + name.removeprefix("language.")
-    return name
+    tower, _, rest = name.partition(".")
+    return f"{config.saved_names.get(tower, tower)}.{rest}"
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: model.safetensors, or those that the
+    index names. A folder with both is refused. (transformers reads the first then; but
+    one of the two is the older, and nothing says which.) Other .safetensors are not
+    read, here as there."""
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [single]
+    promised = read_json(index).get("weight_map")
+    if not isinstance(promised, dict) or not promised:
+        raise MocaError(f"{index} holds no weight_map: copy it again")
+
+    # What is written may not lead out of the folder. A link may: it is the user's own,
+    # and the hub's cache is made of them.
+    shards = sorted(set(map(str, promised.values())))
+    for shard in shards:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise MocaError(f"{index}: {shard} is outside the folder: use another checkpoint")
+    if single.exists() and single.name not in shards:
+        raise MocaError(f"{folder} holds two sets of weights, {single.name} and what {index.name} "
+                        "names: remove one of them")
+    return [folder / shard for shard in shards]
 
 
 def read_header(folder: Path) -> Header:
-    """File and shape of each stored tensor; MocaError for what is absent or broken."""
-    # An index names the shards; without one there is a single file.
-    index = folder / "model.safetensors.index.json"
-    promised = read_json(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(promised, dict):
-        raise MocaError(f"{index} holds no weight_map: copy it again")
-    shards = sorted(set(map(str, promised.values()))) or ["model.safetensors"]
-
-    header: Header = {}
-    for shard in shards:
+    """Name, file, shape and type of each stored tensor; MocaError for what is absent
+    or broken."""
+    header: Header = []
+    for file in find_shards(folder):
         # This reads names and shapes, and no weights.
-        file = folder / shard
-        found: Header = {}
         try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():
-                    found[key] = (file, tuple(tensors.get_slice(key).get_shape()))
+            with safe_open(regular_file(file), "pt") as tensors:
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    header.append((name, file, tuple(part.get_shape()), part.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise MocaError(f"{file} is absent or damaged ({error}): copy it again") from None
-
-        # Of two tensors with one name, nobody can say which is right.
-        doubled = header.keys() & found.keys()
-        if doubled:
-            raise MocaError(f"{file}: {min(doubled)} is in another shard too: copy the shards "
-                            "again")
-        header |= found
     return header
 
 
-def match_names(header: Header, model: VLM, folder: Path) -> dict[str, str]:
-    """{our name: stored name} of every parameter; MocaError lists what does not fit."""
-    config = model.config
-    asked = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
+    """Where each parameter is stored, and a tied head too if it is. Only the files'
+    headers are read, and the model may be on the meta device: so it can be asked before
+    anything is given memory.
 
-    # The files hold the vocabulary as it was before it grew for a mask token.
-    for name in asked.keys() & {EMBEDDING, HEAD}:
-        asked[name] = (config.stored_vocabulary, asked[name][1])
+    allow_extra: read over tensors that the model has no place for. MocaError lists
+    what does not fit.
+    """
+    # The files hold the vocabulary as it was before it grew for a mask token. A tied
+    # head may be stored too: load_weights compares it with the embedding.
+    needed = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    table = (model.config.stored_vocabulary, model.config.width)
+    asked = needed | {EMBEDDING: table, HEAD: table}
 
     # All that does not fit is collected, so that one message shows the pattern.
-    names: dict[str, str] = {}
+    found: Found = {}
     wrong: list[str] = []
-    for stored, (file, shape) in header.items():
-        # A tied head may be stored too: load_weights compares it with the embedding.
+    for stored, file, shape, dtype in read_header(folder):
         name = our_name(stored)
-        if name is None or (name == HEAD and config.tied):
+        if name is None or (allow_extra and name not in asked):
             continue
 
         # A convolution's kernel [E, 3, frames, patch, patch] is our matrix [E, 1176].
         if name == "visual.patch_embed.weight":
             shape = (shape[0], math.prod(shape[1:]))
 
+        # Of two tensors for one parameter, nobody can say which is right.
         if name not in asked:
-            wrong.append(f"unexpected {stored} in {file.name}")
-        elif name in names:
-            wrong.append(f"{names[name]} and {stored} are one")
+            wrong.append(f"unexpected {stored} in {file.name} (--allow-extra reads over it)")
+        elif name in found:
+            wrong.append(f"{found[name][1]} and {stored} in {file.name} are one")
         elif shape != asked[name]:
             wrong.append(f"{stored} is {list(shape)}, config.json asks for {list(asked[name])}")
-        names[name] = stored
+        elif dtype not in TRAINED:
+            wrong.append(f"{stored} in {file.name} is {dtype}, not one of {', '.join(TRAINED)}")
+        found[name] = (file, stored)
 
-    wrong += [f"missing {stored_name(name)}" for name in asked if name not in names]
+    wrong += [f"missing {stored_name(name, model.config)}" for name in needed if name not in found]
     if wrong:
         # The first four say what kind of misfit it is.
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}: "
-                        "take config.json and weights from one checkpoint")
-    return names
+        raise MocaError(f"{folder}: the weights do not fit: {'; '.join(wrong[:4])}{more}: take "
+                        "config.json and all weights, with the output head, from one checkpoint")
+    return found
 
 
 def empty_model(config: Config, dtype: torch.dtype = torch.float32) -> VLM:
     """A model on the meta device: names and shapes, and no memory yet. Before it
     gets memory, it can be put into another module and divided among the ranks."""
     with torch.device("meta"):
-        return VLM(config).to(dtype)
+        return build_model(config).to(dtype)
 
 
-def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None) -> None:
+def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None,
+                 allow_extra: bool = False) -> None:
     """Copy a checkpoint's weights into a model that has memory (after `to_empty`).
 
     new_mask_token: the id of a mask token that the checkpoint lacks; it gets an
-    embedding. MocaError for what is missing, unexpected, misshapen or damaged.
+    embedding. allow_extra: as in `find_weights`. MocaError for what is missing,
+    unexpected, misshapen, damaged or not finite.
     """
-    header = read_header(folder)
-    names = match_names(header, model, folder)
+    found = find_weights(folder, model, allow_extra)
 
     # One tensor at a time; of a sharded parameter, each rank keeps its part.
     for name, parameter in model.named_parameters():
-        tensor = read_tensor(header, names[name])
+        tensor = read_tensor(*found[name])
         if name in (EMBEDDING, HEAD) and new_mask_token is not None:
             tensor = add_mask_token(tensor, new_mask_token, parameter.shape[0])
         copy_into_shard(parameter, tensor.view(parameter.shape))
 
     # If config.json says tied and the files hold another head, one of them is wrong.
-    if model.config.tied and HEAD in header:
-        head = read_tensor(header, HEAD)
-        embedding = names[EMBEDDING]
-        if not torch.equal(head, read_tensor(header, embedding)):
-            raise MocaError(f"{folder}: {HEAD} differs from {embedding}: "
+    if model.config.tied and HEAD in found:
+        head = read_tensor(*found[HEAD])
+        embedding = read_tensor(*found[EMBEDDING])
+        if not torch.equal(head.to(embedding.dtype), embedding):
+            raise MocaError(f"{folder}: {HEAD} differs from {found[EMBEDDING][1]}: "
                             "set tie_word_embeddings to false in config.json")
 
 
-def read_tensor(header: Header, stored: str) -> Tensor:
-    """One tensor, by its stored name."""
+def read_tensor(file: Path, stored: str) -> Tensor:
+    """One tensor, by its stored name; MocaError if it holds NaN or infinity."""
     # The file is opened anew each time: closing it gives its mapped pages back.
-    file, _ = header[stored]
     with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(stored)
+        tensor = tensors.get_tensor(stored)
+
+    # If any value is not finite, the least or the greatest is not. To find these two
+    # costs 0.1 s a GB, and asking each value 5 s.
+    if not torch.stack(tensor.aminmax()).float().isfinite().all():
+        raise MocaError(f"{file}: {stored} holds NaN or infinity: use another checkpoint")
+    return tensor
 
 
 def add_mask_token(stored: Tensor, token: int, vocabulary: int) -> Tensor:
@@ -212,9 +249,9 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
     kernel = (-1, 3, vision.frames, vision.patch, vision.patch)
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if "patch_embed" in name:
+        if name == "visual.patch_embed.weight":
             tensor = tensor.view(kernel)
-        stored[stored_name(name)] = tensor
+        stored[stored_name(name, config)] = tensor
     save_torch_state_dict(stored, folder, max_shard_size=SHARD_SIZE)
 
     # The checkpoint's own config.json, with what may have changed.

@@ -28,7 +28,8 @@ from nano_moca.attention import Segments, reference_attention
 from nano_moca.batch import KINDS
 from nano_moca.batches import PairBatches
 from nano_moca.builtin import BuiltinRecords, builtin_tasks
-from nano_moca.config import BASE, load_config
+from nano_moca.config import BASE
+from nano_moca.families import load_config
 from nano_moca.masking import mask_batch
 from nano_moca.processor import Processor
 from torch import device, eye, zeros

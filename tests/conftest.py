@@ -10,6 +10,7 @@ The newer key layout is made from the older one here, so that the repository car
 each weight once.
 """
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -27,6 +28,18 @@ from safetensors.torch import load_file, save_file
 
 import nano_moca
 from nano_moca import MARK, Moca, Record
+
+# sentence-transformers, and AutoProcessor of transformers 5, need torchvision, which has no
+# build for the CPU's torch: another one's serves, once two operators are declared that it
+# does not find. The library keeps them alive.
+if importlib.util.find_spec("torchvision"):
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
 
 pytest_plugins = ["launching"]  # its fixtures start runs of the training scripts
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from nano_moca import batches
+from nano_moca.files import MARKER
 from nano_moca.flags import main_guard
 from nano_moca.report import stage1, stage2
 
@@ -202,6 +203,11 @@ def wait_for(job: Job, condition: Callable[[], bool]) -> None:
     while not condition():
         assert job.ranks[0].exitcode is None and time.monotonic() < end, job.output
         time.sleep(0.002)
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder, but for the marker of what a run wrote."""
+    return sorted(path.name for path in folder.iterdir() if path.name != MARKER)
 
 
 def read_log(output: Path) -> list[dict]:

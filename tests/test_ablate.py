@@ -13,7 +13,8 @@ import train_cpt
 from nano_moca import MocaError, ablate
 from nano_moca.ablate import ARMS, SHOWN, Flags
 from nano_moca.builtin import base
-from nano_moca.config import BASE, load_config
+from nano_moca.config import BASE
+from nano_moca.families import load_config
 from nano_moca.flags import parse_flags
 
 STAGES = {"train_cpt.py": ("stage 1", train_cpt.Flags), "train_cl.py": ("stage 2", train_cl.Flags)}

@@ -18,7 +18,8 @@ from nano_moca.batch import MARK, Record
 from nano_moca.builtin import CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, BuiltinRecords, Scene
 from nano_moca.builtin.base import make_tokenizer
 from nano_moca.builtin.scenes import EMPTY, glyph
-from nano_moca.config import BASE, load_config
+from nano_moca.config import BASE
+from nano_moca.families import load_config
 from nano_moca.files import MocaError
 
 SPECIAL = (

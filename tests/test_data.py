@@ -1,7 +1,9 @@
 """Records from files, and how a step's records are drawn and divided: the promises of data.py and
 of stage 1's part of batches.py."""
 
+import codecs
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.batches import StepRecords, TokenBatches, balance
-from nano_moca.data import JsonLines, load_records, open_rows
+from nano_moca.data import JsonLines, load_records, load_tasks, open_rows
 
 LINES = [
     {"text": "words alone", "images": []},
@@ -124,10 +126,12 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
     ('{"text": "a", "images": [{"path": null}]}', "neither path nor bytes"),
     ('{"text": "a", "images": ["../a.png"]}', "outside"),
     ('{"text": "a", "images": ["/etc/passwd"]}', "outside"),
+    ('{"text": "a", "images": ["b/../../a.png"]}', "outside"),
+    ('{"text": "a", "images": [{"path": ".."}]}', "outside"),
 ])
 def test_lines_that_are_no_record(tmp_path: Path, line: str, words: str) -> None:
     """Each is an error that names file and line and says what is wrong."""
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n{{"text": "last"}}\n')
     records = load_records(str(tmp_path / "a.jsonl"), 0)
     assert records[0].text == "fine"
     with pytest.raises(MocaError, match=words) as caught:
@@ -135,12 +139,24 @@ def test_lines_that_are_no_record(tmp_path: Path, line: str, words: str) -> None
     assert "a.jsonl:2: " in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_link_that_leaves_the_folder(tmp_path: Path, golden: Path) -> None:
-    """A symbolic link does not lead an image path out of the data's folder either."""
-    (tmp_path / "out").symlink_to(golden / "images")
-    write_lines(tmp_path / "a.jsonl", [{"text": MARK, "images": ["out/0-rgb-84x84.png"]}])
-    with pytest.raises(MocaError, match="outside"):
-        load_records(str(tmp_path / "a.jsonl"), 0)[0]
+def test_links_are_the_users_own(tmp_path: Path, golden: Path, moca: Moca) -> None:
+    """An image is followed wherever links in the folder lead: a linked folder, a linked file, and a
+    data file that is itself a link, as in the hub's cache; ".." that stays inside is nothing."""
+    folder, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    folder.mkdir()
+    blobs.mkdir()
+    (folder / "out").symlink_to(golden / "images")
+    (blobs / "12ab").write_bytes((golden / "images" / "0-rgb-84x84.png").read_bytes())
+    (folder / "c.png").symlink_to("../blobs/12ab")
+    names = ["out/0-rgb-84x84.png", "c.png", "out/../c.png", "./c.png"]
+    write_lines(blobs / "34cd", [{"text": MARK, "images": [name]} for name in names])
+    (folder / "a.jsonl").symlink_to("../blobs/34cd")
+    for data in (folder, folder / "a.jsonl"):
+        records = load_records(str(data), 0)
+        assert len(records) == 4
+        packed = [moca.processor.batch([records[n]]).patches for n in range(4)]
+        assert all(patches.equal(packed[0]) for patches in packed)
+    assert records[3].source == f"{folder / 'a.jsonl'}:4"
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -152,19 +168,190 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         lines[1]
 
 
+ONE, TWO = b'{"text": "one"}', b'{"text": "two"}'
+
+
+@pytest.mark.parametrize("content", [
+    ONE + b"\n" + TWO + b"\n\n\n", b"\n \t\n" + ONE + b"\n" + TWO,
+    ONE + b"\r\n" + TWO + b"\r\n  \r\n\r\n", codecs.BOM_UTF8 + ONE + b"\n" + TWO + b"\n",
+    codecs.BOM_UTF8 + b"\r\n" + ONE + b"\n" + TWO, ONE + b"\r" + TWO + b"\r\r",
+    b"\n" * 3000 + ONE + b"\n" + TWO + b"\n" * 3000, ONE + b"\n" + TWO + "\n\u00a0\u3000".encode(),
+])
+def test_blank_edges_of_a_file(tmp_path: Path, content: bytes) -> None:
+    """Blank lines before and after, however they are written, and a byte order mark are nothing."""
+    (tmp_path / "a.jsonl").write_bytes(content)
+    lines = JsonLines(tmp_path / "a.jsonl")
+    assert [fields["text"] for fields, _, _ in lines] == ["one", "two"]
+    with pytest.raises(IndexError):
+        lines[2]
+
+
+def test_a_blank_line_between(tmp_path: Path) -> None:
+    """May be a lost record: it is named by its number in the file, as are those after it."""
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + ONE + b"\n\n" + TWO + b"\n\n")
+    lines = JsonLines(tmp_path / "a.jsonl")
+    assert len(lines) == 3 and lines[2][2].endswith("a.jsonl:4")
+    with pytest.raises(MocaError, match="a.jsonl:3: not JSON"):
+        lines[1]
+
+
+def test_line_ends_inside_a_text(tmp_path: Path) -> None:
+    """What only Unicode calls a line end does not end a line."""
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": text.replace("\x0b", "").replace("\x1c", "")}, ensure_ascii=False) + "\n"
+        + json.dumps({"text": text}) + "\n", encoding="utf-8")
+    records = load_records(str(tmp_path / "a.jsonl"), 0)
+    assert len(records) == 2 and records[1].text == text
+
+
+def test_what_is_no_data(tmp_path: Path) -> None:
+    """Hidden files and folders, editors' copies, a run's log and list, a cache: passed over.
+    Folders named like files, as Spark writes them, are folders; empty files hold nothing."""
+    row = [{"text": "no data"}]
+    for name in (".a.jsonl", "._a.jsonl", "a.jsonl~", "#a.jsonl#", ".a.jsonl.swp", "a.jsonl.bak",
+                 "~$a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".git/x.parquet",
+                 "__MACOSX/._a.jsonl", "train.jsonl/.part-0.jsonl.crc", "cache-12ab.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / name, row)
+    (tmp_path / "train.jsonl" / "_SUCCESS").touch()
+    (tmp_path / "empty.jsonl").touch()
+    write_lines(tmp_path / "train.jsonl" / "part-0.jsonl", LINES[:1])
+    write_lines(tmp_path / "train.jsonl" / "part-1.jsonl", LINES[2:3])
+    (tmp_path / "run").mkdir()
+    write_lines(tmp_path / "run" / "log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2}])
+    write_lines(tmp_path / "run" / "skipped.jsonl", [{"count": 1, "reason": "x"}])
+    (tmp_path / "other").mkdir()
+    write_lines(tmp_path / "other" / "log.jsonl", [{"text": "a log of other things"}])
+    rows = open_rows(tmp_path)
+    assert [fields["text"] for fields, _, _ in rows] == [
+        "a log of other things", LINES[0]["text"], LINES[2]["text"]]
+
+
+def test_links_in_a_folder(tmp_path: Path) -> None:
+    """Linked files and folders are read, none twice, and a link to where it lies has an end."""
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    write_lines(data / "a.jsonl", [{"text": "a"}])
+    write_lines(data / "sub" / "b.jsonl", [{"text": "b"}])
+    write_lines(elsewhere / "c.jsonl", [{"text": "c"}])
+    (data / "far").symlink_to(elsewhere)
+    (data / "sub" / "up").symlink_to(data)
+    (data / "sub" / "self").symlink_to(".")
+    (data / "twin").symlink_to(data / "sub")
+    (data / "again.jsonl").symlink_to("sub/b.jsonl")
+    (data / "hard.jsonl").hardlink_to(data / "a.jsonl")
+    (elsewhere / "back").symlink_to(data)
+    for folder in (data, data / "sub" / "up"):
+        assert sorted(fields["text"] for fields, _, _ in open_rows(folder)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "lost", "lost folder", "loop"])
+def test_what_cannot_be_read(tmp_path: Path, kind: str) -> None:
+    """A pipe, a device, a link to nothing: an error that names it, and no waiting."""
+    write_lines(tmp_path / "a.jsonl", LINES)
+    bad = tmp_path / ("bad" if kind == "lost folder" else "bad.jsonl")
+    if kind == "fifo":
+        os.mkfifo(bad)
+    elif kind == "zero":
+        bad.symlink_to("/dev/zero")
+    else:
+        bad.symlink_to(bad if kind == "loop" else tmp_path / "nowhere")
+    with pytest.raises(MocaError, match=bad.name):
+        open_rows(tmp_path)
+    with pytest.raises(MocaError, match=bad.name):
+        open_rows(bad)
+
+
+@pytest.mark.parametrize("locked", ["sub", "sub/b.jsonl", "."])
+def test_without_permission(tmp_path: Path, locked: str) -> None:
+    """A folder or file that may not be read is named: nothing is left out."""
+    write_lines(tmp_path / "a.jsonl", LINES)
+    (tmp_path / "sub").mkdir()
+    write_lines(tmp_path / "sub" / "b.jsonl", LINES)
+    os.chmod(tmp_path / locked, 0)
+    child = os.fork()
+    if not child:  # root may read all: be nobody
+        code = 1
+        try:
+            if not os.getuid():
+                for folder in (tmp_path.parent, tmp_path.parent.parent):
+                    os.chmod(folder, 0o755)
+                os.chmod(tmp_path, 0 if locked == "." else 0o755)
+                os.setuid(65534)
+            open_rows(tmp_path)
+        except MocaError as error:
+            code = 0 if str(tmp_path / locked) in str(error) else 2
+        finally:
+            os._exit(code)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.chmod(tmp_path / locked, 0o755)
+    assert ended == 0
+
+
+def test_several_sources(tmp_path: Path) -> None:
+    """Files and folders with commas between, one after the other; a name may hold a comma; an empty
+    or absent one is refused by name."""
+    (tmp_path / "b,c").mkdir()
+    write_lines(tmp_path / "a.jsonl", LINES[:1])
+    write_lines(tmp_path / "b,c" / "d.jsonl", LINES[2:3])
+    records = load_records(f"{tmp_path / 'a.jsonl'},{tmp_path / 'a.jsonl'}", 0)
+    assert [records[0].text, records[1].text, len(records)] == [LINES[0]["text"]] * 2 + [2]
+    assert load_records(str(tmp_path / "b,c"), 0)[0].text == LINES[2]["text"]
+    for bad in ("", ",", f"{tmp_path / 'a.jsonl'},"):
+        for load in (load_records, load_tasks):
+            with pytest.raises(MocaError, match="--data"):
+                load(bad, 0)
+    with pytest.raises(MocaError, match="absent"):
+        load_records(f"{tmp_path / 'a.jsonl'},{tmp_path / 'absent'}", 0)
+    for load in (load_records, load_tasks):
+        with pytest.raises(MocaError, match="--cap"):
+            load("builtin", 0, cap=5)
+
+
+def test_a_fingerprint_tells_data_apart(tmp_path: Path, moca: Moca) -> None:
+    """Other content of the same length, another name, another order of sources; not another place.
+    It is part of what a checkpoint keeps."""
+    def mark(path: Path | str) -> str:
+        batches = TokenBatches(load_records(str(path), 0), moca.processor, 50, 64, 0)
+        return next(batches).state["fingerprint"]
+
+    lines = [{"text": f"line {n:06d}"} for n in range(40_000)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first = mark(write_lines(tmp_path / "one" / "a.jsonl", lines))
+    assert first == mark(write_lines(tmp_path / "two" / "a.jsonl", lines)) and len(first) == 64
+    assert first != mark(write_lines(tmp_path / "two" / "b.jsonl", lines))
+    for place in (0, 39_999):
+        other = [*lines]
+        other[place] = {"text": "line abcdef"}
+        assert first != mark(write_lines(tmp_path / "two" / "a.jsonl", other))
+    other = [{"text": line["text"].upper()} for line in lines]
+    assert first != mark(write_lines(tmp_path / "two" / "a.jsonl", other))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mark(f"{one},{two}") != mark(f"{two},{one}")
+
+
 # --- dividing -----------------------------------------------------------------------------------
 
 def test_balance() -> None:
-    """Every item goes to one share, and shares differ by no more than the costliest item."""
+    """Every item goes to one share, and shares differ by no more than the costliest item; the first
+    of several that are cheapest takes the next."""
     random = np.random.default_rng(0)
     for parts in (1, 2, 3, 8):
         for _ in range(20):
-            costs = random.integers(1, 200, random.integers(parts, 40)).tolist()
+            costs = random.integers(1, 20, random.integers(parts, 40)).tolist()
             shares = balance(costs, parts)
             assert sorted(item for share in shares for item in share) == list(range(len(costs)))
             totals = [sum(costs[item] for item in share) for share in shares]
             assert len(shares) == parts and min(totals) > 0
             assert max(totals) - min(totals) <= max(costs)
+            plain: list[list[int]] = [[] for _ in range(parts)]
+            for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+                sums = [sum(costs[other] for other in share) for share in plain]
+                plain[sums.index(min(sums))].append(item)
+            assert shares == [sorted(share) for share in plain]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (3, 2)])

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import nano_moca
 from nano_moca import MARK, Moca, Record, weights
 from nano_moca.checkpoint import save_model
-from nano_moca.config import load_config
 from nano_moca.distributed import World
+from nano_moca.families import load_config
 from nano_moca.processor import Processor, smart_resize
 
 transformers = pytest.importorskip("transformers")

@@ -105,7 +105,7 @@ def test_embeddings(case: Case, attention: str, pooling: str) -> None:
 @every_record
 def test_greedy(case: Case, number: int) -> None:
     """Eight greedy tokens are the reference's."""
-    tokens = case.moca.model.greedy(case.batch(number), 8, end=-1)
+    tokens = embedder.greedy(case.moca.model, case.batch(number), 8, end=-1)
     assert tokens == [case.expected[f"{number}.greedy"].tolist()]
 
 
@@ -114,11 +114,11 @@ def test_greedy_packed_and_ended(case: Case) -> None:
     model = case.moca.model
     batch = case.moca.processor.batch(case.records)
     expected = [case.expected[f"{number}.greedy"].tolist() for number in range(8)]
-    assert model.greedy(batch, 8, end=-1) == expected
+    assert embedder.greedy(model, batch, 8, end=-1) == expected
 
     end = expected[0][3]
     cut = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in expected]
-    assert model.greedy(batch, 8, end) == cut
+    assert embedder.greedy(model, batch, 8, end) == cut
 
 
 # --- packing changes nothing ----------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.batch import KINDS, Pair
-from nano_moca.batches import PairBatches
+from nano_moca.batches import PairBatches, excluded_candidates
 from nano_moca.data import load_tasks, record_key
 
 
@@ -258,6 +258,63 @@ def test_equal_positives_are_no_negatives(moca: Moca) -> None:
             allowed = pair == query and record_key(near) != record_key(answers[query])
             assert drawn.excluded[row, column] == (not allowed)
     assert drawn.excluded.shape == (6, 6 + 4) and drawn.excluded.dtype == torch.bool
+
+
+def test_answers_of_the_same_query_are_no_negatives(moca: Moca) -> None:
+    """One image, several captions: no right answer of a query is its negative, be it another pair's
+    positive, the positive of a pair with another query, or a hard negative of its own."""
+    red, green = Image.new("RGB", (56, 56), "red"), Image.new("RGB", (56, 56), "green")
+    given = [  # (query, positive, hard negatives)
+        (red, "a red thing", ["a warm square", "a cold square"]), (red.copy(), "a warm square", []),
+        (green, "a green thing", ["a red thing"]), (green, "a warm square", ["a green thing"]),
+        (red, "a red thing", ["no"])]
+    task = [Pair(Record(MARK, [query]), Record(positive), list(map(Record, near)))
+            for query, positive, near in given]
+    excluded = excluded_candidates(task, [*range(5)]).tolist()
+    right = {0: {0, 1, 4}, 1: {0, 1, 4}, 4: {0, 1, 4}, 2: {2, 3}, 3: {2, 3}}  # pairs of each query
+    for own in range(5):
+        answers = {given[pair][1] for pair in right[own]}
+        for other in range(5):
+            compared = other == own or given[other][1] not in answers
+            assert excluded[own][other] != compared, (own, other)
+        owners = [(pair, near) for pair, (_, _, hard) in enumerate(given) for near in hard]
+        for column, (pair, near) in enumerate(owners, 5):
+            assert excluded[own][column] != (pair == own and near not in answers), (own, near)
+
+    # a rank with some of the pairs leaves out the same
+    some = excluded_candidates(task, [3, 1]).tolist()
+    assert [row[:5] for row in some] == [excluded[3][:5], excluded[1][:5]]
+
+
+def test_a_sample_of_each_task(tmp_path: Path) -> None:
+    """--cap: at most so many pairs of each task over all sources, by the seed; others stay whole."""
+    rows = [line("large", query={"text": f"q{n}"}) for n in range(40)]
+    rows += [line("small", "image-text", query={"text": f"s{n}"}) for n in range(3)]
+    first = write(tmp_path / "a.jsonl", rows)
+    second = write(tmp_path / "b.jsonl", [line("large", query={"text": f"z{n}"}) for n in range(9)])
+
+    def drawn(seed: int) -> dict[str, list[str]]:
+        tasks = load_tasks(f"{first},{second}", seed, cap=10)
+        assert {name: task.kind for name, task in tasks.items()} == {
+            "large": "text-only", "small": "image-text"}
+        return {name: [pair.query.text for pair in task] for name, task in tasks.items()}
+
+    tasks = drawn(0)
+    assert len({*tasks["large"]}) == 10 and tasks["small"] == ["s0", "s1", "s2"]
+    assert tasks == drawn(0) != drawn(1)
+    assert any(text[0] == "z" for seed in range(5) for text in drawn(seed)["large"])
+    assert {name: len(task) for name, task in load_tasks(f"{first},{second}", 0).items()} == {
+        "large": 49, "small": 3}
+
+
+def test_a_checkpoint_knows_its_pairs(tmp_path: Path, moca: Moca) -> None:
+    """The state has the fingerprint of the files."""
+    marks = []
+    for word in ("good", "well"):
+        path = write(tmp_path / "a.jsonl", [line(query={"text": word})] * 4)
+        batches = PairBatches(load_tasks(str(path), 0), moca.processor, 2, 64, 2, 0)
+        marks.append(next(batches).state["fingerprint"])
+    assert marks[0] != marks[1] and len(marks[0]) == 64
 
 
 def test_kinds() -> None:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.config import load_config
+from nano_moca.families import load_config
 from nano_moca.processor import Processor, smart_resize
 
 
@@ -144,6 +147,137 @@ def test_limits_of_the_newer_file(checkpoint: Path) -> None:
     assert (processor.min_pixels, processor.max_pixels) == (56 * 56, 28 * 28 * 9)
 
 
+# ---- the image processor's file
+
+HUB = {  # the keys of the published checkpoints
+    "min_pixels": 3136, "max_pixels": 28224, "patch_size": 14, "temporal_patch_size": 2,
+    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+SWITCHES = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+            "resample": 3, "rescale_factor": 0.00392156862745098}
+FAST = HUB | SWITCHES | {  # transformers 4.57
+    "image_processor_type": "Qwen2VLImageProcessorFast", "crop_size": None,
+    "data_format": "channels_first", "default_to_square": True, "device": None,
+    "disable_grouping": None, "do_center_crop": None, "do_pad": None, "input_data_format": None,
+    "pad_size": None, "return_tensors": None,
+    "size": {"longest_edge": 28224, "shortest_edge": 3136}}
+FIVE = {key: value for key, value in HUB.items() if "pixels" not in key} | SWITCHES | {
+    "size": {"longest_edge": 28224, "shortest_edge": 3136}}  # transformers 5.17
+LIMITS = {"min_pixels": 3136, "max_pixels": 28224}
+
+
+def with_settings(checkpoint: Path, content: object, name: str = "preprocessor_config.json",
+                  **given: int) -> Processor:
+    """The checkpoint's processor, with another image processor's file."""
+    (checkpoint / name).write_text(json.dumps(content))
+    return Processor.load(checkpoint, load_config(checkpoint), **given)
+
+
+@pytest.mark.parametrize("content", [
+    HUB, FAST, FIVE, LIMITS, {"size": LIMITS}, {"size": LIMITS | {"shortest_edge": 3136}},
+    LIMITS | {"size": None}, LIMITS | {"size": {"shortest_edge": 1, "longest_edge": 2}},
+    {"min_pixels": None, "max_pixels": None, "size": FIVE["size"]},
+    LIMITS | {"do_center_crop": False, "do_pad": False, "image_seq_length": None},
+    LIMITS | {"image_mean": np.float32(HUB["image_mean"]).tolist()},  # as saved by some
+    LIMITS | {"rescale_factor": float(np.float32(1 / 255))},
+])
+def test_settings_that_are_obeyed(checkpoint: Path, processor: Processor, content: dict) -> None:
+    """All say the same, in the ways in which it is written; a limit beside a size comes first."""
+    ours = with_settings(checkpoint, content)
+    assert (ours.min_pixels, ours.max_pixels) == (3136, 28224)
+    np.testing.assert_array_equal(ours.mean, np.float32(HUB["image_mean"]))
+    np.testing.assert_array_equal(ours.std, np.float32(HUB["image_std"]))
+
+
+def test_other_means_are_obeyed(checkpoint: Path) -> None:
+    """As Qwen3-VL's, and what is not said is CLIP's."""
+    ours = with_settings(checkpoint, {"image_mean": [0.5, 0.25, 0], "image_std": [0.5, 1, 0.25]})
+    np.testing.assert_array_equal(ours.mean, np.float32([0.5, 0.25, 0]))
+    patches, _ = patches_of(ours, Image.new("RGB", (56, 56), "white"))
+    values = patches.reshape(-1, 3, 2 * 14 * 14)
+    for channel, expected in enumerate((1, 0.75, 4)):
+        np.testing.assert_allclose(values[:, channel], expected, atol=1e-6)
+
+
+def test_defaults_are_the_reference_s(checkpoint: Path) -> None:
+    """An empty file is Qwen2VLImageProcessor's own defaults."""
+    ours = with_settings(checkpoint, {})
+    assert (ours.min_pixels, ours.max_pixels) == (56 * 56, 28 * 28 * 1280)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("do_resize", False), ("do_rescale", False), ("do_normalize", False), ("do_convert_rgb", False),
+    ("do_normalize", None), ("do_resize", "true"), ("do_center_crop", True), ("do_pad", True),
+    ("resample", 2), ("resample", None), ("resample", "bicubic"), ("rescale_factor", 1 / 127.5),
+    ("rescale_factor", None), ("patch_size", 16), ("patch_size", None), ("merge_size", 1),
+    ("temporal_patch_size", 1), ("image_processor_type", "CLIPImageProcessor"),
+    ("image_mean", None), ("image_mean", [0.5, 0.5]), ("image_mean", ["0.5"] * 3),
+    ("image_mean", 0.5), ("image_mean", [float("nan"), 0.5, 0.5]), ("image_mean", [1e30, 0, 0]),
+    ("image_mean", [True, True, True]), ("image_mean", [123.7, 116.3, 103.5]),
+    ("image_std", [0, 1, 1]), ("image_std", [-0.5, 0.5, 0.5]), ("image_std", {"a": 1}),
+    ("image_std", [1e-30, 1, 1]), ("image_std", "abc"),
+    ("min_pixels", "3136"), ("min_pixels", True), ("min_pixels", 0), ("min_pixels", -784),
+    ("min_pixels", 3136.5), ("min_pixels", float("nan")), ("min_pixels", 10**12),
+    ("max_pixels", 10**30), ("max_pixels", 1e30), ("max_pixels", 28), ("max_pixels", [28224]),
+    ("size", 448), ("size", [448, 448]), ("size", {"height": 448, "width": 448}),
+    ("size", {"shortest_edge": "56", "longest_edge": 28224}),
+    ("interpolate", "area"), ("do_tile", True), ("temporal_merge", 2),
+])
+def test_settings_that_are_refused(checkpoint: Path, key: str, value: object) -> None:
+    """One line that names file and key: nothing is passed over."""
+    content = {} if key == "size" else {"min_pixels": 3136, "max_pixels": 28224}
+    with pytest.raises(MocaError, match=r"preprocessor_config\.json") as caught:
+        with_settings(checkpoint, content | {key: value})
+    said = str(caught.value)
+    named = {"height", "width", "min_pixels"} if key == "size" else {key}
+    assert key in said or any(name in said for name in named)
+    assert "\n" not in said
+
+
+def test_the_file_of_transformers_5(checkpoint: Path) -> None:
+    """The image processor inside processor_config.json is read first, as transformers does; a
+    file of that name without one stands beside the older one."""
+    old = with_settings(checkpoint, LIMITS | {"max_pixels": 784 * 9})
+    assert old.max_pixels == 784 * 9
+    whole = {"processor_class": "Qwen2_5_VLProcessor"}
+    same = with_settings(checkpoint, whole, "processor_config.json")
+    assert same.max_pixels == 784 * 9
+    new = with_settings(checkpoint, whole | {"image_processor": FIVE}, "processor_config.json")
+    assert new.max_pixels == 28224
+    (checkpoint / "preprocessor_config.json").unlink()
+    new = with_settings(checkpoint, whole | {"image_processor": FIVE}, "processor_config.json")
+    assert new.max_pixels == 28224
+    with pytest.raises(MocaError, match="processor_config.json.*do_resize"):
+        with_settings(checkpoint, {"image_processor": {"do_resize": 0}}, "processor_config.json")
+    for absent in (whole, {"image_processor": None}, {"image_processor": 5}):
+        with pytest.raises(MocaError, match="preprocessor_config.json"):
+            with_settings(checkpoint, absent, "processor_config.json")
+
+
+@pytest.mark.parametrize("given", [{"min_pixels": 0}, {"max_pixels": -5}, {"min_pixels": "56"},
+                                   {"min_pixels": True}, {"min_pixels": 10**9},
+                                   {"max_pixels": 1.5}])
+def test_limits_that_are_refused(checkpoint: Path, given: dict) -> None:
+    """A limit that a caller gives is checked like the file's, and the flag is named."""
+    (name, _), = given.items()
+    with pytest.raises(MocaError, match="--" + name.replace("_", "-")):
+        with_settings(checkpoint, HUB, **given)
+
+
+def test_saved_settings(checkpoint: Path, tmp_path: Path) -> None:
+    """What is saved says the same when it is read again, whatever it was read from."""
+    for content in (HUB, FAST, FIVE, {"size": LIMITS}):
+        ours, folder = with_settings(checkpoint, content), tmp_path / "saved"
+        folder.mkdir(exist_ok=True)
+        ours.save(folder)
+        assert "size" not in json.loads((folder / "preprocessor_config.json").read_text())
+        again = Processor.load(folder, ours.config)
+        assert (again.min_pixels, again.max_pixels) == (3136, 28224)
+        np.testing.assert_array_equal(again.mean, ours.mean)
+        np.testing.assert_array_equal(again.std, ours.std)
+
+
 # ---- tokens, positions, batches
 
 
@@ -227,6 +361,52 @@ def test_max_tokens_shortens_text_only(processor: Processor) -> None:
     assert len(processor.encode(record, 10**6).tokens) == len(full.tokens)
     message = refusal(processor, Record(record.text, record.images, "line 3"), images_end - 1)
     assert str(images_end) in message and "line 3" in message
+
+
+@pytest.mark.parametrize("end, kept", [
+    ("<|im_end|>", 1), ("<|endoftext|>", 1), ("<|im_end|>\n", 2), ("<|im_end|><|endoftext|>", 1),
+    ("", 0), (".\n", 0), ("\n", 0)])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_shortened_texts_keep_their_end(processor: Processor, end: str, kept: int, images: int
+                                        ) -> None:
+    """What closes a text stays its last tokens; what is before it is cut."""
+    text = f"see {MARK * images}" + " and more words" * 20 + end
+    record = Record(text, [picture(84, 56)] * images, "line 2")
+    full = processor.encode(record)
+    limit = len(full.tokens) - 30
+    short = processor.encode(record, limit)
+    assert len(short.tokens) == limit == short.positions.shape[1]
+    np.testing.assert_array_equal(short.tokens[: limit - kept], full.tokens[: limit - kept])
+    end_of_all = full.tokens[len(full.tokens) - kept :]
+    np.testing.assert_array_equal(short.tokens[limit - kept :], end_of_all)
+    np.testing.assert_array_equal(short.positions, full.positions[:, :limit])
+    if kept:
+        assert processor.tokenizer.decode(short.tokens[-kept:], skip_special_tokens=False) in end
+
+
+@pytest.mark.parametrize("end, kept", [("<|im_end|>", 1), ("<|im_end|>\n", 2), ("", 0)])
+def test_images_and_end_have_to_fit(processor: Processor, end: str, kept: int) -> None:
+    """All up to the last image and the end need so many tokens; the text before counts."""
+    record = Record(f"a few words before {MARK}{' after' * 9}{end}", [picture(84, 56)], "line 6")
+    tokens = processor.encode(record).tokens
+    needed = int(np.flatnonzero(tokens == processor.image_token)[-1]) + 2 + kept
+    short = processor.encode(record, needed)
+    np.testing.assert_array_equal(short.tokens[needed - kept :], tokens[len(tokens) - kept :])
+    message = refusal(processor, record, needed - 1)
+    assert f"{needed} tokens of {needed - 1}" in message and "--max-tokens" in message
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_mark_is_no_end(processor: Processor, end: str) -> None:
+    """What follows the last image's mark may be cut, be it one line end."""
+    record = Record(f"{MARK}{end}", [picture(84, 56)])
+    assert len(processor.encode(record, 8).tokens) == 8
+
+
+def test_a_limit_of_one_token(processor: Processor) -> None:
+    """A text alone has a first token, or an end."""
+    assert len(processor.encode(Record("many words in it"), 1).tokens) == 1
+    assert processor.encode(Record("words<|im_end|>"), 1).tokens.tolist() == [processor.end_token]
 
 
 def test_mask_token_takes_the_first_free_id(processor: Processor) -> None:
@@ -332,3 +512,70 @@ def test_tokenizers_that_are_refused(checkpoint: Path) -> None:
         path.write_text(content, encoding="utf-8")
         with pytest.raises(MocaError, match="tokenizer.json"):
             Processor.load(checkpoint, config)
+
+
+def test_a_token_without_an_embedding(checkpoint: Path) -> None:
+    """A token beyond the embedding is named; the last row that there is may be used."""
+    config = load_config(checkpoint)
+    path = checkpoint / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    for number in range(tokenizer.get_vocab_size(), config.vocabulary):
+        tokenizer.add_special_tokens([f"<|{number}|>"])
+    tokenizer.save(str(path))
+    Processor.load(checkpoint, config)
+
+    # one more, special or not; and an embedding that is smaller than the vocabulary
+    for add in (tokenizer.add_special_tokens, tokenizer.add_tokens):
+        add([f"<|{tokenizer.get_vocab_size()}|>"])
+        tokenizer.save(str(path))
+        with pytest.raises(MocaError, match=rf"tokenizer\.json: <\|70.\|> is 70., of {704}"):
+            Processor.load(checkpoint, config)
+    with pytest.raises(MocaError, match="of 300 in config.json"):
+        Processor.load(checkpoint, replace(config, vocabulary=300))
+
+
+@pytest.mark.parametrize("key", ["image_token_id", "video_token_id", "vision_start_token_id",
+                                 "vision_end_token_id"])
+def test_ids_that_config_json_says(checkpoint: Path, key: str) -> None:
+    """Each is compared with the tokenizer's; null and absent say nothing."""
+    config = load_config(checkpoint)
+    for raw in ({**config.raw, key: None}, {k: v for k, v in config.raw.items() if k != key}):
+        Processor.load(checkpoint, replace(config, raw=raw))
+    for wrong in (5, -1, "x"):
+        with pytest.raises(MocaError, match=rf"tokenizer\.json: .*{wrong}"):
+            Processor.load(checkpoint, replace(config, raw={**config.raw, key: wrong}))
+
+
+def test_a_mask_token_of_the_vocabulary(checkpoint: Path) -> None:
+    """A mask token that is no added token serves as one."""
+    config, path = load_config(checkpoint), checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    used = set("".join(map("".join, content["model"]["merges"])))
+    unused = next(token for token in vocabulary if len(token) == 1 and token not in used)
+    number = vocabulary["<|mask|>"] = vocabulary.pop(unused)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+    ours = Processor.load(checkpoint, config)
+    assert ours.mask_token == number and ours.new_mask_token is None
+    assert number in ours.special_tokens
+    refusal(ours, Record("a <|mask|> b", [], "line 1"))
+
+
+def test_files_that_are_no_files(checkpoint: Path) -> None:
+    """A pipe, a folder or nothing in a file's place is named, and not waited for."""
+    config = load_config(checkpoint)
+    for name in ("tokenizer.json", "preprocessor_config.json", "processor_config.json"):
+        path = checkpoint / name
+        content = path.read_bytes() if path.exists() else None
+        for make in (os.mkfifo, os.mkdir):
+            path.unlink(missing_ok=True)
+            make(path)
+            with pytest.raises(MocaError, match=name):
+                Processor.load(checkpoint, config)
+            path.rmdir() if path.is_dir() else path.unlink()
+        if content:
+            with pytest.raises(MocaError, match=name):
+                Processor.load(checkpoint, config)
+            path.write_bytes(content)
+    Processor.load(checkpoint, config)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 import nano_moca
 import train_cl
 from launching import (
-    FAULTS, SMALL, assert_equal_run, assert_same_run, read_log, read_weights, torchrun, wait_for,
-    words, write_data,
+    FAULTS, SMALL, assert_equal_run, assert_same_run, listed, read_log, read_weights, torchrun,
+    wait_for, words, write_data,
 )
 from nano_moca import MARK, MocaError, losses
 from nano_moca.evaluate.__main__ import main as evaluate
@@ -85,7 +85,7 @@ def ablated(golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_a_run_writes(plain: Path) -> None:
     """Log, model, checkpoint, pictures and scores, and nothing half-written beside them."""
     names = "checkpoint log.jsonl loss.png model retrieval.png scores.json similarity.png".split()
-    assert sorted(path.name for path in plain.iterdir()) == names
+    assert listed(plain) == names
     log = read_log(plain)
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
     assert Counter(line["task"] for line in log) == {"caption": 2, "page": 2, "words": 2}
@@ -195,7 +195,7 @@ def test_no_report(run: Callable, plain: Path, tmp_path: Path) -> None:
     """--no-report: the same model, without scores and pictures."""
     output = run(tmp_path / "run", "--no-report")
     names = "checkpoint log.jsonl model".split()
-    assert sorted(path.name for path in output.iterdir()) == names
+    assert listed(output) == names
     assert all(map(torch.equal, read_weights(output).values(), read_weights(plain).values()))
 
 
@@ -435,7 +435,11 @@ def test_what_the_report_is_on(ablated: Callable, data: Path, capsys: pytest.Cap
 
 def test_a_report_on_data_that_cannot_be_read(ablated: Callable, tmp_path: Path,
                                               capsys: pytest.CaptureFixture) -> None:
-    """What the report would have looked at cannot spoil a finished run."""
-    ablated("--held-out", "absent.jsonl", "--steps", "1")
-    assert "no report on absent.jsonl" in capsys.readouterr().out
+    """What the report would have looked at cannot spoil a finished run; that it is there, is
+    looked at before the first step."""
+    other = bad_data(tmp_path / "other", "malformed JSON")
+    ablated("--held-out", str(other), "--steps", "1")
+    assert f"no report on {other}" in capsys.readouterr().out
     assert (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "scores.json").exists()
+    with pytest.raises(MocaError, match="absent.jsonl"):
+        ablated("--held-out", "absent.jsonl", "--steps", "1")

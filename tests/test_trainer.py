@@ -133,17 +133,17 @@ def read_log(path: Path) -> list[dict]:
 
 def logged(path: Path, done: int, steps: int) -> Log:
     """Log the steps after `done`, as a run does."""
-    saved = {"step": done, "loss": 1 / max(1, done)}
+    saved = {"step": done, "log": [{"step": step, "loss": 1 / step} for step in range(1, done + 1)]}
     log = Log(path, ALONE, steps, saved if done else None)
     for step in range(done + 1, steps + 1):
         log.write({"step": step, "loss": 1 / step})
-    log.close()
+    log.bar.close()
     return log
 
 
 def test_log_cuts_what_is_made_again(tmp_path: Path) -> None:
     """After a resume at step 3 the lines of later steps go, and lines from before stay as they
-    were; a run that begins anew begins an empty log."""
+    were."""
     path = tmp_path / "log.jsonl"
     logged(path, 0, 6)
     before = path.read_bytes().splitlines()
@@ -152,19 +152,35 @@ def test_log_cuts_what_is_made_again(tmp_path: Path) -> None:
     log = logged(path, 3, 6)
     assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4, 5, 6]
     assert log.lines == read_log(path)
-    logged(path, 0, 2)
-    assert [line["step"] for line in read_log(path)] == [1, 2]
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: logged(path, 0, 2),
                                    lambda path: path.write_text('{"loss": 9}\n' * 6)])
 def test_log_of_another_run(tmp_path: Path, spoil: Callable) -> None:
-    """A log that is gone, shorter, or of other steps than the checkpoint's is refused."""
+    """A log that is gone, shorter, or of other steps is written again from the checkpoint's."""
     path = tmp_path / "log.jsonl"
     logged(path, 0, 6)
     spoil(path)
-    with pytest.raises(MocaError, match="two runs"):
-        logged(path, 3, 6)
+    logged(path, 3, 6)
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_log_beside_an_earlier_one(tmp_path: Path) -> None:
+    """A new run's log takes the place of an earlier run's when it is published, and goes on."""
+    path = tmp_path / "log.jsonl"
+    logged(path, 0, 6)
+    before = path.read_bytes()
+    logged(path, 0, 1)
+    log = Log(path, ALONE, 3, None)
+    log.write({"step": 1, "loss": 9.0})
+    assert path.read_bytes() == before
+    assert read_log(tmp_path / "log.jsonl.part") == [{"step": 1, "loss": 9.0}]
+    for step in (2, 3):
+        log.publish()
+        log.write({"step": step, "loss": 9.0})
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 @pytest.mark.parametrize("cut", [1, 10])
@@ -182,7 +198,7 @@ def test_log_is_on_disk_at_once(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.jsonl", ALONE, 3, None)
     log.write({"step": 1, "loss": 0.5})
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.5}]
-    log.close()
+    log.bar.close()
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from torch import nn
 
 from nano_moca.builtin import COLOURS, NAMES, documents
-from nano_moca.config import BASE, load_config
+from nano_moca.config import BASE
+from nano_moca.families import build_model, load_config
 from nano_moca.files import MocaError, fresh_folder, replace_folder
 from nano_moca.flags import Parser
 from nano_moca.model import VLM
@@ -105,7 +106,7 @@ def train_base(start: Path, words: Sequence[str]) -> Path:
     """
     # Random weights, in a checkpoint's own files.
     flags = base_flags(words)
-    model = VLM(load_config(start))
+    model = build_model(load_config(start))
     initialise(model, flags.seed)
     save_weights(start, model.state_dict(), model.config)
 

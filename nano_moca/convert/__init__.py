@@ -1,0 +1,15 @@
+"""Data as it is published, and as it lies about: what reads other people's files.
+
+    tables.py      rows of parquet and Arrow files, of which little is ever in memory
+    sources.py     the files of data in a folder; samples; an order for grouped rows
+    export.py      what a saved model says of itself to transformers and others
+    __main__.py    `python -m nano_moca.convert`: published pairs to our JSON lines
+
+Data of stage 2 is published with other columns than ours (MoCa-CL-Pairs, mmE5-synthetic,
+mmE5-MMEB-hardneg, MMEB-train), a folder a subset, and its images in archives:
+
+    python -m nano_moca.convert MMEB-train --images MMEB-train/images_zip/*.zip --output pairs
+    torchrun train_cl.py --data pairs --cap 50000
+
+Left out: downloading, and archives cut into parts (`cat` joins them).
+"""

@@ -1,0 +1,205 @@
+"""`python -m nano_moca.convert`: published pairs become JSON lines of ours.
+
+--data holds a folder for each subset, with parquet files of these columns:
+
+    qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path
+
+The last two may be absent; they hold a text or path, or a Python list of them, which is
+parsed and never run. --output, which train_cl.py takes as --data, will hold
+
+    <subset>.jsonl    the pairs, instructions and line ends as they are
+    images/           what the archives in --images held, and links to the rest of it
+
+"<|image_1|>" becomes our mark where there is an image, and goes where there is none. A
+negative without a text takes the first text of the others, or else the positive's (as
+released). --output appears when all is done. The disk has to have room for what is
+unpacked; memory grows with nothing but the names in an archive.
+"""
+
+import ast
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from nano_moca.batch import KINDS, MARK
+from nano_moca.convert.sources import find_files
+from nano_moca.convert.tables import ParquetRows
+from nano_moca.data import find_image, split_sources
+from nano_moca.files import MocaError, fresh_folder, read_json, reason, replace_folder, writing
+from nano_moca.flags import flag, main_guard, parse_flags
+
+LONG = "visrag_ind visrag_syn tevatron_colpali TAT-DQA ArxivQA"
+SHORT = (
+    "InfoSeek_it2t InfoSeek_it2it Classification Retrieval VQA ImageNet_1K ImageNet-1K N24News "
+    "HatefulMemes VOC2007 SUN397 OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W VisDial "
+    "CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA MSCOCO")
+SUBSETS = dict.fromkeys(LONG.split(), KINDS[0]) | dict.fromkeys(SHORT.split(), KINDS[1])
+COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+COPIES = ("original", "diverse_instruction", "train")  # of the same pairs: the best first
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
+IMAGE = "<|image_1|>"
+MOST_CHARACTERS = 2**20  # of a list of negatives: the parser takes many times its size
+
+
+@dataclass
+class Flags:
+    """What the command takes."""
+
+    data: str = flag("", "a folder of subsets, or of one; several: a,b")
+    output: str = flag("pairs", "the folder to make")
+    images: str = flag(None, "zip or tar files, folders of them, or images/ itself; several: a,b")
+    kinds: str = flag(None, 'JSON file {"subset": "image-text", ...}, for subsets beyond the table')
+    on_error: str = flag("stop", "what to do with an unusable row", choices=("stop", "skip"))
+
+
+# --- images -----------------------------------------------------------------------
+
+
+def gather_images(places: list[str], folder: Path) -> None:
+    """Fill the folder with what archives hold, and with links to what folders hold."""
+    entries: list[Path] = []
+    for place in map(Path, places):
+        entries += place.iterdir() if place.is_dir() else [place]
+
+    # The archives first: nothing is unpacked through a link, into a folder of the user's.
+    # Python's "data" filter, and its reader of zip files, write only inside the folder.
+    for entry in sorted(entries, key=lambda entry: (entry.suffix not in ARCHIVES, entry)):
+        if entry.suffix not in ARCHIVES:
+            with writing(folder / entry.name):
+                (folder / entry.name).symlink_to(entry.absolute())
+            continue
+        try:
+            safely = {} if entry.suffix == ".zip" else {"filter": "data"}
+            shutil.unpack_archive(entry, folder, **safely)
+        except Exception as error:  # of as many kinds as there are formats
+            raise MocaError(f"{entry} cannot be unpacked ({reason(error)}): copy it again, or "
+                            "make room on the disk") from None
+
+
+# --- pairs ------------------------------------------------------------------------
+
+
+def find_subsets(sources: list[str]) -> dict[str, list[Path]]:
+    """{subset: its parquet files}. Of several copies of the same pairs, the first of
+    COPIES; a line says which were left out."""
+    folders: dict[Path, list[Path]] = {}
+    for source in sources:
+        for file in find_files(Path(source), "*", (".parquet",)):
+            folders.setdefault(file.absolute().parent, []).append(file)
+
+    subsets: dict[str, list[Path]] = {}
+    for folder, files in folders.items():
+        chosen = files
+        for copy in reversed(COPIES):
+            chosen = [file for file in files if file.name.startswith(copy)] or chosen
+        for file in sorted({*files} - {*chosen}):
+            print(f"{file} is left out: a copy of the pairs in {chosen[0].name}")
+        if folder.name in subsets:
+            raise MocaError(f"{folder}: another folder has this name too: give one of them")
+        subsets[folder.name] = chosen
+    return subsets
+
+
+def read_list(value: object, source: str) -> list[str]:
+    """Negatives: none, a text, or a Python list of texts. Nothing is executed."""
+    if isinstance(value, str):
+        written = value.strip()
+        if not (written.startswith("[") and written.endswith("]")):
+            return [value]
+        try:
+            value = ast.literal_eval(written) if len(written) < MOST_CHARACTERS else "too long"
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = "no literal"
+    value = [] if value is None else value
+    if not isinstance(value, list) or not {*map(type, value)} <= {str, type(None)}:
+        raise MocaError(f"{source}: its negatives are no list of texts: correct the row")
+    return value
+
+
+def make_side(text: str | None, path: str | None, folder: Path, source: str) -> dict:
+    """A text and the path of its image, if it has one, as a record of ours."""
+    # An image whose place nobody says stands in front.
+    text, path = text or "", path or ""
+    if not isinstance(text, str) or not isinstance(path, str):
+        raise MocaError(f"{source}: a text or path is none: correct the row")
+    if path and IMAGE not in text:
+        text = IMAGE + text
+    text = text.replace(IMAGE, MARK if path else "")
+    if not text.strip() or text.count(MARK) > 1:
+        raise MocaError(f"{source}: a text is empty, or has several images: correct the row")
+    if not path:
+        return {"text": text}
+
+    # An archive may hold the folder images/ too.
+    inner = path.removeprefix("images/")
+    for outer in ("images", "images/images"):
+        if find_image(inner, folder / outer, source).is_file():
+            return {"text": text, "images": [f"{outer}/{inner}"]}
+    raise MocaError(f"{source}: {path} is missing: name its folder or archive in --images")
+
+
+def make_line(fields: dict, folder: Path, source: str) -> dict:
+    """A row as a line of ours, still without task and kind."""
+    texts = read_list(fields.get("neg_text"), source)
+    paths = read_list(fields.get("neg_image_path"), source)
+    spare = next(filter(None, texts), fields["pos_text"])
+    negatives = []
+    for text, path in zip_longest(texts, paths):
+        if text or path:
+            negatives.append(make_side(text or spare, path, folder, source))
+    query = make_side(fields["qry"], fields["qry_image_path"], folder, source)
+    positive = make_side(fields["pos_text"], fields["pos_image_path"], folder, source)
+    return {"query": query, "positive": positive, "negatives": negatives}
+
+
+def write_subset(name: str, kind: str, files: list[Path], folder: Path, skip: bool) -> None:
+    """Write `folder`/<name>.jsonl, and say how many pairs it has."""
+    written, skipped = 0, 0
+    with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines:
+        for rows in (ParquetRows(file, COLUMNS) for file in files):
+            if not {*COLUMNS[:4]} <= {*rows.names}:
+                raise MocaError(f"{rows.path} lacks a column of {COLUMNS[:4]}: take it away")
+            for index in range(len(rows)):
+                try:
+                    fields, _, source = rows[index]
+                    line = {"task": name, "kind": kind, **make_line(fields, folder, source)}
+                    lines.write(json.dumps(line) + "\n")
+                    written += 1
+                except MocaError as error:
+                    if not skip:
+                        raise
+                    print(f"skipped: {error}")
+                    skipped += 1
+    print(f"{name}: {written} pairs of kind {kind}, {skipped} rows skipped", flush=True)
+
+
+def convert(flags: Flags) -> None:
+    """Convert all subsets, or none."""
+    # Nothing is guessed.
+    kinds = SUBSETS | (read_json(Path(flags.kinds)) if flags.kinds else {})
+    subsets = find_subsets(split_sources(flags.data))
+    for name in subsets:
+        if kinds.get(name) not in KINDS:
+            raise MocaError(f"--kinds: nobody says which kind {name} is: give a JSON file of "
+                            f'{{"{name}": "{KINDS[1]}"}}; there are {", ".join(KINDS)}')
+
+    # And nothing is replaced.
+    output = Path(flags.output)
+    if output.exists() or not subsets:
+        raise MocaError(f"--output {output} exists, or --data {flags.data} holds no parquet "
+                        "file: give another folder")
+    warnings.simplefilter("ignore")  # of lists with a backslash that escapes nothing
+    with writing(output):
+        folder = fresh_folder(output)
+        (folder / "images").mkdir()
+        gather_images(split_sources(flags.images) if flags.images else [], folder / "images")
+        for name, files in subsets.items():
+            write_subset(name, kinds[name], files, folder, flags.on_error == "skip")
+        replace_folder(output)
+
+
+if __name__ == "__main__":
+    main_guard(lambda: convert(parse_flags(Flags, None, __doc__)))

@@ -1,0 +1,135 @@
+"""Where rows come from: the files of data in a folder, a sample, rows in groups."""
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import ConcatDataset
+
+from nano_moca.files import MocaError, reason, regular_file
+
+NO_DATA = (".*", "~*", "cache-*.arrow")  # hidden; of an editor; what `datasets` computed
+LOGS = {"log.jsonl": b'{"step": ', "skipped.jsonl": b'{"count": '}  # how a run's begin
+MEMORY = 2**27  # of the groups of rows that are read at the same time
+
+
+# --- folders ----------------------------------------------------------------------
+
+
+def find_files(folder: Path, pattern: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of data in a folder and below whose paths from there fit `pattern` (its
+    * stands for "/" too), in the order of their names. Links are followed, but no file
+    comes twice. MocaError for what cannot be listed or read: it may hold data."""
+
+    def refuse(error: OSError) -> None:
+        """What os.walk would pass over."""
+        advice = "allow reading it, or move it away"
+        raise MocaError(f"{error.filename} cannot be listed ({reason(error)}): {advice}")
+
+    seen: set[tuple] = set()
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # A link may lead back to where it lies.
+        again = identity(parent) in seen
+        seen.add(identity(parent))
+        folders[:] = [] if again else sorted(filter(is_data, folders))
+        names = [] if again else sorted(filter(is_data, names))
+
+        for name in names:
+            # A link that leads nowhere may have been a folder: it is named as one.
+            file = Path(parent, name)
+            wanted = file.suffix in suffixes or not (file.suffix or os.path.exists(file))
+            if wanted and fnmatchcase(os.path.relpath(file, folder), pattern):
+                if identity(regular_file(file)) not in seen and not is_log(file):
+                    files.append(file)
+                seen.add(identity(file))
+    return sorted(files)
+
+
+def is_data(name: str) -> bool:
+    """Whether a file or folder of this name is part of the data it lies in."""
+    return not any(fnmatchcase(name, pattern) for pattern in NO_DATA)
+
+
+def is_log(file: Path) -> bool:
+    """Whether a file is the log of a run, or its list of unusable records."""
+    if file.name not in LOGS:
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(64).startswith(LOGS[file.name])
+
+
+def identity(path: str | Path) -> tuple:
+    """Equal for all paths to a file or folder, whatever links they take. (Some file
+    systems give a number twice: hence size and time.)"""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+# --- rows in groups ---------------------------------------------------------------
+
+
+def pieces_of(rows: Sequence) -> np.ndarray:
+    """[3, pieces] int64: the pieces in which rows are best read, one after the other; of
+    each its number of rows, its group, from 0, and the group's bytes. The pieces of a
+    group are read in order, and those of several groups side by side."""
+    if isinstance(rows, ConcatDataset):
+        joined = np.zeros((3, 0), int)
+        for part in rows.datasets:
+            before = joined[1].max(initial=-1) + 1
+            joined = np.concatenate([joined, pieces_of(part) + [[0], [before], [0]]], 1)
+        return joined
+
+    # Some of other rows: what is left of each piece.
+    if hasattr(rows, "stored"):
+        lengths, groups, sizes = pieces_of(rows.stored)
+        lengths = np.diff(np.searchsorted(rows.numbers, lengths.cumsum()), prepend=0)
+        left = lengths > 0
+        _, groups = np.unique(groups[left], return_inverse=True)
+        return np.stack([lengths[left], groups, sizes[left]])
+
+    # Those that can be read in any order go with the others.
+    if hasattr(rows, "pieces"):
+        return rows.pieces
+    lengths = np.diff(np.r_[0 : len(rows) : 1000, len(rows)])
+    return np.stack([lengths, np.arange(len(lengths)), np.zeros(len(lengths), int)])
+
+
+def cost(size: int | np.ndarray) -> float | np.ndarray:
+    """The share of MEMORY that a group of `size` bytes takes: at least an eighth, so that
+    no more files are open; at most all of it, for a larger one is read by pages."""
+    return np.clip(size / MEMORY, 1 / 8, 1)
+
+
+def side_by_side(rows: Sequence, generator: np.random.Generator) -> np.ndarray:
+    """[N] int64, a random order of N rows in groups: the groups follow each other in
+    random order, in bunches that fit into MEMORY; of a bunch come all first pieces, their
+    rows shuffled, then all second ones, and so on."""
+    lengths, groups, sizes = pieces_of(rows)
+    _, first = np.unique(groups, return_index=True)
+    turns = np.arange(len(groups)) - first[groups]  # of a piece in its group
+
+    order = generator.permutation(len(first))
+    bunches = np.empty(len(first), int)
+    bunches[order] = cost(sizes[first][order]).cumsum()
+    windows = bunches[groups] * (turns.max() + 1) + turns
+    return np.lexsort((generator.random(len(rows)), windows.repeat(lengths)))
+
+
+def sample(rows: Sequence, cap: int, key: tuple[int, ...]) -> np.ndarray:
+    """[cap] int64 (or fewer, if there are fewer): the numbers, in order, of a random
+    sample of rows that `key` seeds."""
+    generator = np.random.default_rng(key)
+    numbers = np.arange(len(rows))
+
+    # To read some rows of a group costs as much as all: take the first groups of a random
+    # order that hold enough.
+    if getattr(rows, "grouped", False):
+        lengths, groups, _ = pieces_of(rows)
+        members = np.bincount(groups, lengths)
+        order = generator.permutation(len(members))
+        taken = order[: np.searchsorted(members[order].cumsum(), cap) + 1]
+        numbers = np.flatnonzero(np.isin(groups, taken).repeat(lengths))
+    return np.sort(generator.choice(numbers, min(cap, len(numbers)), replace=False))

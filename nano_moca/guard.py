@@ -1,0 +1,97 @@
+"""What a run may touch: looked at before it reads a model or writes anything.
+
+A run writes a few names into --output, and a finished run's files of these names are
+replaced. So a run is refused if what it would replace is what it reads, if somebody
+else put it there, if it cannot be written, or if another run is at work in the folder.
+`guarded` stands above the `train` of both scripts; a reader of the training path need
+not know more than that.
+
+Left out: a disk that gets full. files.py keeps what stood there when it does.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from itertools import product
+from pathlib import Path
+from typing import TextIO
+
+from nano_moca.checkpoint import REPORT
+from nano_moca.files import MARKER, MocaError, beside, first_lines, writing
+from nano_moca.flags import CommonFlags
+
+# What a run writes into --output, with the endings that this has for a moment.
+FOLDERS = ("checkpoint", "model")
+WRITTEN = (*FOLDERS, "log.jsonl", "skipped.jsonl", *REPORT)
+ENDINGS = ("", ".new", ".old", ".part")
+STRAY = (f"{MARKER}*", ".DS_Store", "._*", ".nfs*")  # what we or systems leave in any folder
+
+
+def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
+    """A script's `train` behind these checks."""
+
+    @wraps(train)
+    def checked(flags: CommonFlags) -> None:
+        output = Path(flags.output)
+        check_inputs(flags)
+        check_output(output)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            marker = open(output / MARKER, "a")
+        with marker:
+            # The main rank's lock is that of all.
+            if os.environ.get("RANK", "0") == "0":
+                lock(marker, output)
+            train(flags)
+
+    return checked
+
+
+def check_inputs(flags: CommonFlags) -> None:
+    """MocaError if a flag names what the run replaces in --output, or part of it. Links
+    are followed: what counts is where a file is."""
+    output = beside(Path(flags.output), "")
+    replaced = {beside(output / name, ending) for name, ending in product(WRITTEN, ENDINGS)}
+
+    for name in ("model", "processor", "data", "held_out"):
+        # Several, separated by commas, unless a file has this very name.
+        value = getattr(flags, name, None) or ""
+        for part in [value] if os.path.exists(value) else value.split(","):
+            # The weights of a checkpoint may be links to anywhere.
+            place = Path(part)
+            for file in (place, *place.glob("*.safetensors")):
+                file = beside(file, "")
+                if file == output or replaced & {file, *file.parents}:
+                    raise MocaError(f"--output {flags.output} would write over {file}, which "
+                                    f"--{name.replace('_', '-')} reads: choose another --output")
+
+
+def check_output(output: Path) -> None:
+    """MocaError if the run would replace what no run wrote, or what may not be written."""
+    marked = (output / MARKER).exists()
+    for name, ending in product(WRITTEN, ENDINGS):
+        path = beside(output / name, ending)
+
+        # A file is a run's in a folder of one, a folder if its own marker says so.
+        ours = (*STRAY, *first_lines(path / MARKER).splitlines())
+        strange = [file for file in path.glob("*") if not any(map(file.match, ours))]
+        is_folder = path.is_dir()
+        usable = is_folder == (name in FOLDERS) and os.access(path, os.W_OK)
+        if strange or path.exists() and not (usable and (marked or is_folder)):
+            raise MocaError(f"{[path, *strange][-1]} is not a run's (no {MARKER} says so), or may "
+                            "not be written: move it, or choose another --output")
+
+
+def lock(marker: TextIO, output: Path) -> None:
+    """Keep other runs out of an output folder until its marker is closed, or the process
+    dies. MocaError if one is at work there."""
+    # Windows has no locks of this kind, nor have some network disks.
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MocaError(f"--output {output}: another run is at work there: wait for its end, "
+                            "or choose another --output") from None
