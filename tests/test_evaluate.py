@@ -355,14 +355,9 @@ mkdir pages
 for file in *.pdf; do pdftoppm -r 100 -png "$file" "pages/${file%.pdf}"; done
 '''
 LIST_THEM = '''\
-import json
-from pathlib import Path
-
-import nano_moca
-
-with open("items.jsonl", "w") as file:
-    for page in sorted(Path("pages").glob("*.png")):
-        print(json.dumps({"text": nano_moca.MARK, "images": [str(page)]}), file=file)
+for page in pages/*.png; do
+    echo '{"text": "<|vision_start|><|image_pad|><|vision_end|>", "images": ["'"$page"'"]}'
+done > items.jsonl
 '''
 EMBED_THEM = '''\
 python -m nano_moca.evaluate embed --model runs/cl/model --input items.jsonl --output pages.npy \\
@@ -370,9 +365,7 @@ python -m nano_moca.evaluate embed --model runs/cl/model --input items.jsonl --o
 '''
 SEARCH = '''\
 import json
-
 import numpy as np
-
 import nano_moca
 
 pages = np.load("pages.npy")  # [pages, width], unit vectors in the order of items.jsonl
@@ -409,7 +402,7 @@ def test_from_pdfs_to_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         Path("pages").mkdir()
         for name, scene in zip(names, scenes, strict=True):
             scene.save(f"pages/{name}.png")
-    exec(LIST_THEM, {})
+    subprocess.run(["bash", "-c", LIST_THEM], check=True)
     main(shlex.split(EMBED_THEM.replace("\\\n", ""))[3:] + ["--device", "cpu"])
     capsys.readouterr()
     exec(SEARCH, {})
