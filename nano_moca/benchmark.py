@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from nano_moca.batch import Batch
 from nano_moca.builtin import BuiltinRecords
 from nano_moca.builtin.base import initialise
-from nano_moca.config import BASE, parse_config
+from nano_moca.config import BASE
+from nano_moca.convert.configs import parse_config
 from nano_moca.embedder import load
 from nano_moca.families import load_config
 from nano_moca.files import MocaError

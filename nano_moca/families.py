@@ -10,13 +10,15 @@ layers carry a state from left to right, so it cannot read in both directions.
 
 from pathlib import Path
 
-from nano_moca.config import ACTIVATIONS, Config, Section, parse_config
+from nano_moca.config import Config
 from nano_moca.files import read_json
 from nano_moca.model import VLM
 
 
 def load_config(folder: Path) -> Config:
     """Read `folder/config.json`; MocaError says what is missing or not supported."""
+    from nano_moca.convert.configs import ACTIVATIONS, Section, parse_config
+
     path = Path(folder) / "config.json"
     top = Section({"model_type": None} | read_json(path), f"{path}: ")
     if top.choice("model_type", *ACTIVATIONS, "qwen3_vl") == "qwen3_vl":

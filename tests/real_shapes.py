@@ -23,7 +23,8 @@ from PIL import Image
 
 import nano_moca
 from nano_moca import weights
-from nano_moca.config import BASE, parse_config
+from nano_moca.config import BASE
+from nano_moca.convert.configs import parse_config
 
 
 def config_3b() -> dict:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
-from nano_moca.config import Config, parse_config
+from nano_moca.config import Config
+from nano_moca.convert.configs import parse_config
 from nano_moca.families import load_config
 from nano_moca.model import VLM
 

@@ -1,6 +1,6 @@
 """The shape of a Qwen3-VL, read from its `config.json`.
 
-The file is always nested. As in nano_moca/config.py, what it leaves out has the
+The file is always nested. As in convert/configs.py, what it leaves out has the
 value that transformers (5.17) gives it, every value is looked at, and what this code
 does not implement is refused.
 """
@@ -8,9 +8,10 @@ does not implement is refused.
 import math
 from dataclasses import dataclass
 
-from nano_moca.config import DTYPES, Config, Section, VisionConfig
+from nano_moca.config import Config, VisionConfig
+from nano_moca.convert.configs import DTYPES, Section
 
-# The numbers in the file, as in nano_moca/config.py: by our names theirs, the value
+# The numbers in the file, as in convert/configs.py: by our names theirs, the value
 # if there is none, and the least and the most that it may be.
 DECODER_NUMBERS = {
     "vocabulary": ("vocab_size", 151936, 1, 10**8),
