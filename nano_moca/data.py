@@ -206,6 +206,7 @@ def make_record(fields: object, folder: Path | None, source: str) -> Record:
     # From Python code they may be PIL images, and paths to any place.
     if folder is None:
         return Record(fields["text"], list(images), source)
+    folder = folder.resolve()
     found = [find_image(image, folder, source) for image in images]
     return Record(fields["text"], found, source)
 
