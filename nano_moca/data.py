@@ -252,11 +252,17 @@ def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Recor
     return Joined(parts)
 
 
-def split_sources(path: str) -> list[str]:
+def split_sources(path: str, flag: str = "--data") -> list[str]:
     """The paths in "a,b,c"; a path that exists is one, whatever is in its name."""
     sources = [path] if os.path.exists(path) else path.split(",")
     if "" in sources:
-        raise MocaError("--data: an empty path: give a file, a folder, or several: a,b")
+        raise MocaError(f"{flag}: an empty path: give a file, a folder, or several: a,b")
+
+    # Nothing is read twice. (With "/" at its end, a folder begins what lies in it.)
+    places = sorted(os.path.join(os.path.realpath(source), "") for source in sources)
+    for outer, inner in zip(places, places[1:], strict=False):
+        if inner.startswith(outer):
+            raise MocaError(f"{flag}: {inner} is in {outer}: name it once")
     return sources
 
 
