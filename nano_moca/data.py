@@ -207,6 +207,7 @@ def make_record(fields: object, folder: Path | None, source: str) -> Record:
     # From Python code they may be PIL images, and paths to any place.
     if folder is None:
         return Record(fields["text"], list(images), source)
+    folder = folder.resolve()
     found = [find_image(image, folder, source) for image in images]
     return Record(fields["text"], found, source)
 
@@ -252,11 +253,17 @@ def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Recor
     return Joined(parts)
 
 
-def split_sources(path: str) -> list[str]:
+def split_sources(path: str, flag: str = "--data") -> list[str]:
     """The paths in "a,b,c"; a path that exists is one, whatever is in its name."""
     sources = [path] if os.path.exists(path) else path.split(",")
     if "" in sources:
-        raise MocaError("--data: an empty path: give a file, a folder, or several: a,b")
+        raise MocaError(f"{flag}: an empty path: give a file, a folder, or several: a,b")
+
+    # Nothing is read twice. (With "/" at its end, a folder begins what lies in it.)
+    places = sorted(os.path.join(os.path.realpath(source), "") for source in sources)
+    for outer, inner in zip(places, places[1:], strict=False):
+        if inner.startswith(outer):
+            raise MocaError(f"{flag}: {inner} is in {outer}: name it once")
     return sources
 
 

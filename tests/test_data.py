@@ -297,12 +297,16 @@ def test_several_sources(tmp_path: Path) -> None:
     (tmp_path / "b,c").mkdir()
     write_lines(tmp_path / "a.jsonl", LINES[:1])
     write_lines(tmp_path / "b,c" / "d.jsonl", LINES[2:3])
-    records = load_records(f"{tmp_path / 'a.jsonl'},{tmp_path / 'a.jsonl'}", 0)
-    assert [records[0].text, records[1].text, len(records)] == [LINES[0]["text"]] * 2 + [2]
+    (tmp_path / "b").symlink_to("b,c")
+    records = load_records(f"{tmp_path / 'b'},{tmp_path / 'a.jsonl'}", 0)
+    assert [records[0].text, records[1].text, len(records)] == [
+        LINES[2]["text"], LINES[0]["text"], 2]
     assert load_records(str(tmp_path / "b,c"), 0)[0].text == LINES[2]["text"]
-    for bad in ("", ",", f"{tmp_path / 'a.jsonl'},"):
+    twice = [(tmp_path / "b", tmp_path / "b" / "d.jsonl"), (tmp_path / "a.jsonl",) * 2,
+             (tmp_path / "a.jsonl", tmp_path)]
+    for bad in ("", ",", f"{tmp_path / 'a.jsonl'},", *(",".join(map(str, two)) for two in twice)):
         for load in (load_records, load_tasks):
-            with pytest.raises(MocaError, match="--data"):
+            with pytest.raises(MocaError, match="--data: "):
                 load(bad, 0)
     with pytest.raises(MocaError, match="absent"):
         load_records(f"{tmp_path / 'a.jsonl'},{tmp_path / 'absent'}", 0)

@@ -8,7 +8,7 @@
 Data of stage 2 is published with other columns than ours (MoCa-CL-Pairs, mmE5-synthetic,
 mmE5-MMEB-hardneg, MMEB-train), a folder a subset, and its images in archives:
 
-    python -m nano_moca.convert MMEB-train --images MMEB-train/images_zip/*.zip --output pairs
+    python -m nano_moca.convert --data MMEB-train --images MMEB-train/images_zip --output pairs
     torchrun train_cl.py --data pairs --cap 50000
 
 Left out: downloading, and archives cut into parts (`cat` joins them).

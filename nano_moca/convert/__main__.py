@@ -195,7 +195,8 @@ def convert(flags: Flags) -> None:
     with writing(output):
         folder = fresh_folder(output)
         (folder / "images").mkdir()
-        gather_images(split_sources(flags.images) if flags.images else [], folder / "images")
+        places = split_sources(flags.images, "--images") if flags.images else []
+        gather_images(places, folder / "images")
         for name, files in subsets.items():
             write_subset(name, kinds[name], files, folder, flags.on_error == "skip")
         replace_folder(output)
