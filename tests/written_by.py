@@ -110,7 +110,8 @@ def reference(model: torch.nn.Module, processor, picture: Image.Image) -> dict:
     for name, text in TEXTS.items():
         images = {"images": [picture]} if name == "image" else {}
         inputs = processor(text=[text], return_tensors="pt", **images)
-        if hasattr(model, "get_rope_index"):  # before 4.49 forward places images as if they were text
+        # before 4.49, forward places images as if they were text, and only generation does not
+        if hasattr(model, "get_rope_index"):
             inputs["position_ids"], _ = model.get_rope_index(
                 inputs["input_ids"], inputs.get("image_grid_thw"),
                 attention_mask=inputs["attention_mask"])
