@@ -59,7 +59,7 @@ def make_config(family: str):
         text = DECODER | {"head_dim": 16, "rope_parameters": rope | {"rope_theta": 1e4}}
         del text["rope_scaling"], text["rope_theta"]
     else:
-        text = DECODER | {"head_dim": 16, "rope_scaling": rope}
+        text = DECODER | {"head_dim": 16, "rope_scaling": rope, "tie_word_embeddings": tied}
     return kind(text_config=text, vision_config=TOWERS[family], **TOKENS,
                 tie_word_embeddings=tied)
 
@@ -110,8 +110,16 @@ def reference(model: torch.nn.Module, processor, picture: Image.Image) -> dict:
     for name, text in TEXTS.items():
         images = {"images": [picture]} if name == "image" else {}
         inputs = processor(text=[text], return_tensors="pt", **images)
-        states = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states
-        out[f"{name}.ids"], out[f"{name}.hidden"] = inputs["input_ids"][0], states[-1][0]
+        # before 4.49, forward places images as if they were text, and only generation does not
+        if hasattr(model, "get_rope_index"):
+            inputs["position_ids"], _ = model.get_rope_index(
+                inputs["input_ids"], inputs.get("image_grid_thw"),
+                attention_mask=inputs["attention_mask"])
+        if hasattr(model.model, "language_model"):
+            hidden = model.model(**inputs).last_hidden_state
+        else:
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        out[f"{name}.ids"], out[f"{name}.hidden"] = inputs["input_ids"][0], hidden[0]
         if images:
             out[f"{name}.patches"] = inputs["pixel_values"]
     return {key: tensor.contiguous() for key, tensor in out.items()}
