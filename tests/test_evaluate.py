@@ -167,11 +167,37 @@ def test_a_vector_that_is_not_finite_is_named_and_not_written(
     for key, weight in moca.model.named_parameters():
         if name in key:
             weight.data.view(-1)[0] = value
-    monkeypatch.setattr(vectors, "load", lambda *_: moca)
+    monkeypatch.setattr(vectors, "load", lambda *_, **__: moca)
     items = write(folder, {"text": "good"})
     with pytest.raises(MocaError, match=rf"{items}:1: .*not finite"):
         embed(items)
     assert not list(folder.rglob("*.npy*"))
+
+
+def test_columns_that_nobody_reads_are_not_read(folder: Path):
+    """A date that Python has not, such as tools put in when they were not told one."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def table(path: Path, **columns: list) -> Path:
+        made = pyarrow.table(columns)
+        dates = pyarrow.array([2**61] * len(made), pyarrow.timestamp("ms"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(made.append_column("crawled", dates), path)
+        return path
+
+    items = table(folder / "items.parquet", text=["one", "two"], images=[[], []])
+    assert embed(items).shape == (2, 64)
+    table(folder / "M" / "GQA" / "test.parquet", qry_text=["a"], qry_img_path=[""],
+          tgt_text=[["b", "c"]], tgt_img_path=[["", ""]])
+    page = (folder / "images" / "0-rgb-84x84.png").read_bytes()
+    table(folder / "V" / "pages" / "corpus" / "test.parquet", **{"corpus-id": [1], "image": [page]})
+    table(folder / "V" / "pages" / "queries" / "test.parquet", **{"query-id": [1], "query": ["a"]})
+    table(folder / "V" / "pages" / "qrels" / "test.parquet",
+          **{"query-id": [1], "corpus-id": [1], "score": [1]})
+    for command, data in (("mmeb", "M"), ("vidore", "V")):
+        main([command, "--model", str(MODEL), "--device", "cpu", "--data", str(folder / data),
+              "--output", str(folder / f"{command}.json")])
+    assert json.loads((folder / "vidore.json").read_text())["tasks"]["pages"]["ndcg@5"] == 1
 
 
 # --- what is written ------------------------------------------------------------------------------

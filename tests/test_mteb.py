@@ -1,30 +1,18 @@
 """mteb 2 scores a trained model by an adapter of a few lines, which the README quotes; its figures
 are ours.
 
-Needs `pip install mteb sentence-transformers`, and torchvision only where it is installed.
+Needs `pip install mteb sentence-transformers`, and torchvision as conftest.py takes it.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
-if find_spec("mteb") is None:
-    pytest.skip("needs mteb", allow_module_level=True)
-
-# A torchvision that was built for another torch lacks two operators, and mteb imports it.
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for NAME in ("nms", "qnms"):
-    with suppress(RuntimeError):  # it is declared already
-        LIBRARY.define(f"{NAME}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import mteb
+mteb = pytest.importorskip("mteb")
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value

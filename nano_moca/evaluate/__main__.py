@@ -8,6 +8,7 @@ import numpy as np
 
 from nano_moca.batch import MARK
 from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
+from nano_moca.convert.sources import find_files
 from nano_moca.data import FILE_KINDS, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
 from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
@@ -22,7 +23,7 @@ BENCHMARKS = {"mmeb": mmeb, "vidore": vidore}
 def embed_file(args: argparse.Namespace) -> None:
     """The command `embed`."""
     # A wrong line is an error before the model is loaded.
-    records = [make_record(*row) for row in open_rows(args.input)]
+    records = [make_record(*row) for row in open_rows(args.input, columns=("text", "images"))]
 
     # The prompt stands beside what has no words of its own, such as pages.
     prompted = 0
@@ -55,7 +56,7 @@ def task_folders(data: str) -> list[Path]:
     """A benchmark's tasks: the folders in DATA that hold files of data."""
     folders = []
     for folder in sorted(Path(data).glob("[!.]*")):
-        if folder.is_dir() and any(file.suffix in FILE_KINDS for file in folder.rglob("*")):
+        if folder.is_dir() and find_files(folder, "*", FILE_KINDS):
             folders.append(folder)
     if not folders:
         raise MocaError(f"--data {data} holds no task: give a folder with one subfolder per task")

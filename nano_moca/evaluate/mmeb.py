@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[str, str]] = {
                   "OVEN FashionIQ EDIS Wiki-SS-NQ"),
     "visual grounding": ("MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
 }
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
 
@@ -36,7 +37,7 @@ def score_folder(folder: Path, embed: Embed, args: argparse.Namespace) -> Scores
     records: list[Record] = []
     index_of: dict[Side, int] = {}
     questions: list[list[int]] = []  # a query, its right candidate, the others
-    for fields, _, source in open_rows(folder, "test*"):
+    for fields, _, source in open_rows(folder, "test*", COLUMNS):
         try:
             sides = read_sides(fields)
             for text, path in sides:

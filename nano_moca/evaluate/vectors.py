@@ -104,10 +104,9 @@ def make_embedder(args: argparse.Namespace) -> Embed:
     """The model that the flags ask for, with its vectors kept beside the output."""
     folder = find_checkpoint(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    asked = {name: getattr(args, name) for name in ("max_tokens", "processor", "allow_extra")}
-    given = {name: value for name, value in asked.items() if value}
     moca = load(folder, args.device, dtype, args.attention, args.pooling,
-                args.min_pixels, args.max_pixels, **given)
+                args.min_pixels, args.max_pixels, max_tokens=args.max_tokens,
+                processor=args.processor, allow_extra=args.allow_extra)
 
     # What the vectors depend on, beside the records; this code is part of it.
     files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]

@@ -115,7 +115,7 @@ def read_table(folder: Path, *columns: str) -> list[tuple]:
     # Ids may be numbers in one folder and texts in another. Few benchmarks say a
     # language.
     table = []
-    for fields, _, source in open_rows(folder):
+    for fields, _, source in open_rows(folder, columns=columns):
         if not isinstance(fields, dict) or not {"language", *fields} >= set(columns):
             raise MocaError(f"{source}: a row needs {', '.join(columns)}: copy the file again")
         *ids, value = map(fields.get, columns)
