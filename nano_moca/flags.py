@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nano_moca.config import BASE
-from nano_moca.files import MocaError
+from nano_moca.files import MocaError, one_line
 
 LARGEST = 2**63 - 1  # that a seed, a count or a weight can be
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print the line and end with exit code 2."""
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
 
 
 @dataclass
@@ -135,8 +135,9 @@ def main_guard(main: Callable[[], object]) -> None:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
-        message = f"rank {os.environ['RANK']} stops, because another rank has ended"
+        rank = os.environ.get("RANK")
+        message = f"rank {rank} stops, for another rank has ended or cannot be reached"
 
     # At once, without cleaning up: other ranks may be waiting for us in a collective.
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     os._exit(1)

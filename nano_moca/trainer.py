@@ -36,7 +36,7 @@ from nano_moca.checkpoint import load_checkpoint, save_checkpoint
 from nano_moca.config import Config, grow_vocabulary
 from nano_moca.distributed import World
 from nano_moca.families import load_config
-from nano_moca.files import MocaError, first_lines, one_line, put_text, writing
+from nano_moca.files import MocaError, first_lines, one_line, put_text
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
 from nano_moca.weights import find_checkpoint
@@ -196,8 +196,12 @@ class Log:
         """Log one step."""
         # At once, so that nothing is lost in a crash.
         self.lines.append(line)
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise MocaError(f"{self.path} cannot be written ({error.strerror}): make room on the "
+                            "disk, and go on with --resume") from None
 
         # The bar has room for losses and accuracy.
         names = [name for name in line if "loss" in name or name == "accuracy"]

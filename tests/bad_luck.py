@@ -138,14 +138,19 @@ def fill_once(home: Path, number: int, expected: dict, old: dict, luck: random.R
               ) -> tuple[str, str]:
     """One run on a disk too small for it: what was said, and what is wrong."""
     place = Path(tempfile.mkdtemp(dir=home))
-    output, over = place / "run", number % 3 == 2
-    size = luck.uniform(12.5e6, 20e6) if over else luck.uniform(2e3, 19e6)
+    output, over = place / "run", number % 4 == 2
+
+    # room for some lines; for a part of two checkpoints, which are 8.6 MB each; for an old run and
+    # no new checkpoint; for one checkpoint, and perhaps the model, but hardly for the pictures
+    low, high = ((8e3, 4e4), (1e6, 17e6), (12.5e6, 19e6), (8.7e6, 11.6e6))[number % 4]
+    size = luck.uniform(low, high)
+    more = ("--save-every", STEPS) if number % 4 == 3 else ()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size)}", "none", place],
                              capture_output=True).returncode == 0
     if over:
         shutil.copytree(home / "old", output)
     limit = None if mounted else int(luck.uniform(100, 8e6))
-    done = run(command(home, output, "--seed", 0), limit)
+    done = run(command(home, output, "--seed", 0, *more), limit)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     moment = f"{'tmpfs' if mounted else 'limit'} {(size if mounted else limit) / 1e6:5.1f} MB: "
     wrong = ""
