@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano_moca import Moca  # before torch, because it sets OMP_WAIT_POLICY
 from nano_moca.batch import KINDS, EncodedRecord, Pair
 from nano_moca.batches import PairBatches, prefetch
 from nano_moca.checkpoint import save_model
@@ -188,7 +187,8 @@ def train(flags: Flags) -> None:
 
     # What was learned, on held-out pairs.
     if not flags.no_report:
-        from nano_moca.report import stage2  # imported here: training needs none of it
+        from nano_moca import Moca  # imported here: training needs none of it
+        from nano_moca.report import stage2
 
         moca = Moca(model, processor, flags.attention, pooling, flags.max_tokens)
         stage2.write_report(flags, world, moca, log.lines)

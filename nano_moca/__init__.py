@@ -109,7 +109,16 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from nano_moca.batch import MARK, Record
-from nano_moca.embedder import Moca, as_records, load
 from nano_moca.files import MocaError
 
 __all__ = ["MARK", "Moca", "MocaError", "Record", "as_records", "load"]
+
+
+def __getattr__(name: str) -> object:
+    """`load`, `Moca` and `as_records`, imported when they are asked for: training needs
+    none of them."""
+    if name not in __all__:
+        raise AttributeError(f"nano_moca has no {name}")
+    from nano_moca.evaluate import embedder
+
+    return getattr(embedder, name)

@@ -31,7 +31,7 @@ from nano_moca.builtin import BuiltinRecords
 from nano_moca.builtin.base import initialise
 from nano_moca.config import BASE
 from nano_moca.convert.configs import parse_config
-from nano_moca.embedder import load
+from nano_moca.evaluate.embedder import load
 from nano_moca.families import load_config
 from nano_moca.files import MocaError
 from nano_moca.flags import flag, main_guard, parse_flags

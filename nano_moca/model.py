@@ -9,7 +9,7 @@ tower, the decoder, the two joined (`VLM`), and stage 1's reconstruction. Who kn
 Qwen-VL may begin at `pool` and `VLM`; all from `PatchDecoder` on is MoCa's.
 The letters of all shapes stand in `__init__.py`. What one does with the hidden states:
 
-- `greedy` in embedder.py has them made causally and predicts the next token: what the
+- `greedy` in evaluate/embedder.py has them made causally and predicts the next token: what the
   checkpoint was made for.
 - `VLM.embed` reads them in both directions and pools each record into one unit vector:
   what MoCa makes of it.

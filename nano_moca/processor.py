@@ -19,49 +19,25 @@ An image is what a viewer shows: upright, and what is transparent is white.
 Left out: video; chat templates (a text is taken as it is).
 """
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from nano_moca.batch import MARK, Batch, EncodedRecord, ImageLike, Record
 from nano_moca.config import Config
-from nano_moca.files import MocaError, read_json, reason, regular_file, write_json
+from nano_moca.files import MocaError, read_json, write_json
 
 MASK = "<|mask|>"
 RESERVED = ("<|image_pad|>", "<|video_pad|>", MASK)  # refused outside a mark
 TOKEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
              "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
 MAX_CHARACTERS = 5_000_000  # of a text: they may cost the tokenizer 4 GB and 10 seconds
-
-# What may be opened; Pillow knows formats that are programs (PostScript) too. And by
-# which words a PNG may say, behind its pixels, how it is turned.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-PNG_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-
-# What an image processor's file may say, beside the sizes of config.json: how pixels are
-# computed; and, with other values, the limits of an image's area in pixels, also called
-# edges, the mean and deviation of each channel, CLIP's if it does not say, and what has
-# no effect.
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-SETTINGS: dict[str, tuple | None] = {
-    "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,), "do_convert_rgb": (True,),
-    "resample": (3,), "rescale_factor": (1 / 255, float(np.float32(1 / 255))),
-    "image_processor_type": ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast",
-                             "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")}
-SETTINGS |= dict.fromkeys([
-    "size", "min_pixels", "max_pixels", "image_mean", "image_std", "processor_class", "crop_size",
-    "pad_size", "data_format", "input_data_format", "default_to_square", "feature_extractor_type"])
-EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 Grid = tuple[int, int, int]  # frames, height and width of an image in patches
 
 
@@ -91,111 +67,12 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> t
 
 
 def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Image:
-    """An image as a viewer shows it: RGB, upright, and white where it is transparent; or,
-    unless asked to `decode`, a blank one of its size, from its header alone.
+    """An image as a viewer shows it, in RGB; or, unless asked to `decode`, a blank one of
+    its size. MocaError, with source and file, if it cannot be used."""
+    # What can be wrong with an image is a subject of its own.
+    from nano_moca.convert import images
 
-    MocaError, with source and file, if it is absent, broken, too large, or of more than 8
-    bits.
-    """
-    kind = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
-    name = image if isinstance(image, (str, Path)) else f"given as {kind.strip()}"
-    try:
-        with warnings.catch_warnings():
-            # Pillow refuses a decompression bomb; of half of one, 89 million pixels, it warns.
-            warnings.filterwarnings("ignore", module="PIL")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = read_image(image)
-            if not decode:
-                blank = Image.new("1", picture.size)
-                blank.info = picture.info
-                picture = blank
-
-            # Converted in memory, it may still call a colour transparent that once was.
-            see_through = picture.has_transparency_data
-            see_through &= picture.format is not None or picture.mode not in ("L", "RGB")
-
-            # If the metadata are damaged, viewers show it as it is stored.
-            picture.load()
-            with suppress(Exception):
-                picture = ImageOps.exif_transpose(picture)
-
-            # As Qwen's own loader does.
-            if decode and see_through:
-                colours = picture.convert("RGBA")
-                picture = Image.new("RGB", picture.size, "white")
-                picture.paste(colours, mask=colours)
-            return picture.convert("RGB") if decode else picture
-    except MocaError as error:
-        raise MocaError(f"{source}: the image {error}") from None
-    # Pillow raises a dozen kinds for files that are no good images.
-    except Exception as error:
-        what = reason(error).partition(" <")[0]  # without an object's address
-        raise MocaError(f"{source}: the image {name} cannot be used ({what}): give a sound file, "
-                        "its bytes, or an array, uint8 [height, width, 3]") from None
-
-
-def read_image(image: ImageLike) -> Image.Image:
-    """A PIL image; of a file, only its header is decoded. No file stays open: a process
-    may hold only so many. Errors of many kinds."""
-    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = Image.fromarray(np.asarray(image))
-    if isinstance(image, (str, Path)):
-        image = regular_file(Path(image)).read_bytes()
-
-    content = image
-    if not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-
-    # A PNG's metadata may stand behind its pixels, found only by decoding them. A picture
-    # that was handed over is decoded at once: it stays where it is anyway.
-    if "exif" not in image.info and (image is content or any(m in content for m in PNG_METADATA)):
-        image.load()
-
-    # Converting 16 or 32 bits would clip them: all white, or all black.
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-    return image
-
-
-# --- what goes into a processor, checked ------------------------------------------
-
-
-def image_settings(content: dict, config: Config, file: str) -> dict:
-    """The settings in an image processor's file, with the limits of an image's area.
-    MocaError for a key that is unknown, or that says what is not done here."""
-    # The sizes have to be those of the weights.
-    vision = config.vision
-    table = SETTINGS | {"patch_size": (vision.patch,), "merge_size": (vision.merge,),
-                        "temporal_patch_size": (vision.frames,)}
-
-    # As in transformers, what stands beside a size comes before what stands in it.
-    size = content.get("size") or {}
-    if not isinstance(size, dict):
-        raise MocaError(f"{file}: size is {size!r}: give shortest_edge and longest_edge")
-    settings = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
-    for key, value in (size | content).items():
-        key = EDGES.get(key, key)
-        possible = table.get(key, (None, False))  # an unknown key may say that it is off
-        if possible and value not in possible:
-            raise MocaError(f"{file}: {key} is {value!r} and not {possible[0]!r}, the only way "
-                            "that is known here: take the file of this checkpoint")
-        if key != "size" and (value is not None or key not in settings):
-            settings[key] = value
-
-    # Numbers are looked at as a whole, with what a caller gave in place of the file's.
-    low, high = settings["min_pixels"], settings["max_pixels"]
-    if type(low) is not int or type(high) is not int or not 0 < low <= high < 10**9:
-        raise MocaError(f"{file}: min_pixels {low!r} and max_pixels {high!r}: correct it, or "
-                        "--min-pixels and --max-pixels, to whole numbers above 0 in this order")
-
-    # Pixels are 0..1 here, and are divided by their deviation.
-    for key, clip, least in (("image_mean", CLIP_MEAN, 0), ("image_std", CLIP_STD, 0.001)):
-        values = settings.setdefault(key, clip)
-        values = values if isinstance(values, list) else []
-        if [type(n) in (int, float) and least <= n <= 1 for n in values] != [True, True, True]:
-            raise MocaError(f"{file}: {key} is {settings[key]!r}: give three numbers up to 1")
-    return settings
+    return images.open_image(image, source, decode)
 
 
 def check_text(record: Record) -> None:
@@ -229,6 +106,10 @@ class Processor:
         self.tokenizer = tokenizer
         self.config = config
         self.source = source
+
+        # What others write is read in convert/.
+        from nano_moca.convert.settings import image_settings
+
         self.image = image_settings(image, config, image_source)
         self.min_pixels = self.image["min_pixels"]
         self.max_pixels = self.image["max_pixels"]

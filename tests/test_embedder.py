@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import nano_moca
-from nano_moca import MARK, Moca, MocaError, Record, as_records, embedder
+from nano_moca import MARK, Moca, MocaError, Record, as_records
+from nano_moca.evaluate import embedder
 
 LONG = " and many more words" * 30
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.processor import MAX_CHARACTERS, Processor, open_image
+from nano_moca.convert.images import open_image
+from nano_moca.processor import MAX_CHARACTERS, Processor
 
 ORIENTATION = 0x0112  # the EXIF tag
 

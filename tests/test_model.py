@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import nano_moca
-from nano_moca import Moca, Record, embedder
+from nano_moca import Moca, Record
+from nano_moca.evaluate import embedder
 from nano_moca import model as model_module
 from nano_moca.batch import Batch
 from nano_moca.losses import masked_reconstruction_loss

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nano_moca.batch import Record
 from nano_moca.data import record_key
-from nano_moca.embedder import Moca, load
+from nano_moca.evaluate.embedder import Moca, load
 from nano_moca.files import MocaError, replacing
 from nano_moca.report.ranking import Embed
 from nano_moca.weights import find_checkpoint

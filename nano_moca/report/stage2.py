@@ -14,9 +14,9 @@ import numpy as np
 from nano_moca.batch import Record
 from nano_moca.data import load_tasks
 from nano_moca.distributed import World
-from nano_moca.embedder import Moca
+from nano_moca.evaluate.embedder import Moca
 from nano_moca.files import MocaError, one_line, write_json
-from nano_moca.processor import open_image
+from nano_moca.convert.images import open_image
 from nano_moca.report.curves import plot_losses
 from nano_moca.report.pictures import picture
 from nano_moca.report.ranking import Ranking, rank_pairs
