@@ -533,7 +533,8 @@ def test_the_model_survives_a_full_disk(again: Path, finished: Path, golden: Pat
     ["--seed", "9" * 30], ["--seed", "-1"], ["--min-pixels", "0"], ["--max-pixels", "-5"],
     ["--max-pixels", "9" * 40], ["--min-pixels", "900", "--max-pixels", "800"],
     ["--alpha", "inf"], ["--temperature", "nan"], ["--learning-rate", "inf"],
-    ["--batch", "1e3"], ["--seed", "1\nerror: all is well"], ["--save-every", "0"], ["--steps", ""], ["--without", ""],
+    ["--batch", "1e3"], ["--seed", "1\nerror: all is well"],
+    ["--save-every", "0"], ["--steps", ""], ["--without", ""],
 ])
 def test_impossible_values(line: list[str], capsys: pytest.CaptureFixture) -> None:
     """Exit code 2, and one line of bounded length that names the flag."""
