@@ -62,7 +62,8 @@ def check_inputs(flags: CommonFlags) -> None:
             place = Path(part)
             for file in (place, *place.glob("*.safetensors")):
                 file = beside(file, "")
-                if file == output or replaced & {file, *file.parents}:
+                mixed = file == output and name in ("model", "processor")
+                if mixed or replaced & {file, *file.parents}:
                     raise MocaError(f"--output {flags.output} would write over {file}, which "
                                     f"--{name.replace('_', '-')} reads: choose another --output")
 

@@ -126,7 +126,7 @@ def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
     # As many records can be others.
     for name in ("records", "fingerprint"):
         before, now = saved["data"].get(name), data.get(name)
-        if None not in (before, now) and before != now:
+        if before and now and before != now:
             raise MocaError(f"--resume: {name} of --data {flags.data}: {before} before, and now "
                             f"{now}: give the same data, or start anew without --resume")
     if saved["step"] > flags.steps:

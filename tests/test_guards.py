@@ -73,7 +73,7 @@ def again(finished: Path, tmp_path: Path) -> Path:
     ("x", {"model": "x/model.new/inner"}), ("x", {"model": "x/checkpoint"}),
     ("x/", {"model": "y/../x/model/"}), ("link", {"model": "x/model"}),
     ("x", {"model": "modellink"}), ("x", {"model": "links"}), ("x", {"processor": "x/model"}),
-    ("x", {"data": "x/log.jsonl"}), ("x", {"data": "x/skipped.jsonl"}), ("x", {"data": "x"}),
+    ("x", {"data": "x/log.jsonl"}), ("x", {"data": "x/skipped.jsonl"}),
     ("x", {"data": "x/model/records.jsonl"}), ("x", {"data": "a.jsonl,x/log.jsonl"}),
     ("x", {"data": "x/log.jsonl.part"}), ("x", {"data": "x/scores.json"}),
     ("x", {"held_out": "x/skipped.jsonl"}), ("x", {"held_out": "loglink.jsonl"}),
@@ -100,7 +100,7 @@ def test_an_input_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("x", {"model": "x/start"}), ("x", {"data": "x/my.jsonl"}), ("x", {"data": "x/records"}),
     ("x/run", {"data": "x"}), ("x/run", {"model": "x"}), ("x", {"data": "builtin:base"}),
     ("x", {"model": "owner/name"}), ("x", {"data": "a,b.jsonl"}), ("x", {"model": "x.old"}),
-    ("x", {"data": "x/log.jsonl2"}), ("x", {}),
+    ("x", {"data": "x/log.jsonl2"}), ("x", {"data": "x"}), ("x", {}),
 ], ids=str)
 def test_other_inputs_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str,
                                values: dict[str, str]) -> None:
@@ -465,7 +465,8 @@ class Batches:
 
 
 @pytest.mark.parametrize(("before", "now", "refused"), [
-    ("a", "b", True), ("a", "a", False), (None, "b", False), ("a", None, False)])
+    ("a", "b", True), ("a", "a", False), (None, "b", False), ("a", None, False),
+    ("a", "", False)])
 def test_other_data_of_the_same_length(before: str | None, now: str | None, refused: bool) -> None:
     """By a fingerprint, where both know one."""
     at_first = {"records": 9, "skipped": 0}
@@ -532,7 +533,8 @@ def test_the_model_survives_a_full_disk(again: Path, finished: Path, golden: Pat
     ["--seed", "9" * 30], ["--seed", "-1"], ["--min-pixels", "0"], ["--max-pixels", "-5"],
     ["--max-pixels", "9" * 40], ["--min-pixels", "900", "--max-pixels", "800"],
     ["--alpha", "inf"], ["--temperature", "nan"], ["--learning-rate", "inf"],
-    ["--batch", "1e3"], ["--seed", "1\nerror: all is well"], ["--save-every", "0"], ["--steps", ""], ["--without", ""],
+    ["--batch", "1e3"], ["--seed", "1\nerror: all is well"],
+    ["--save-every", "0"], ["--steps", ""], ["--without", ""],
 ])
 def test_impossible_values(line: list[str], capsys: pytest.CaptureFixture) -> None:
     """Exit code 2, and one line of bounded length that names the flag."""
