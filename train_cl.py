@@ -31,11 +31,10 @@ from nano_moca.data import Joined, load_tasks
 from nano_moca.distributed import init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
-from nano_moca.guard import guarded
 from nano_moca.losses import info_nce
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
-from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
+from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import empty_model, load_weights
 import torch
@@ -88,7 +87,7 @@ def embed_chunk(model: VLM, processor: Processor, chunk: list[EncodedRecord],
     return model.embed(batch, causal, pooling)[: len(chunk)]
 
 
-@guarded  # one run an --output, over nothing that it reads (guard.py)
+@guarded  # one run an --output, over nothing that it reads
 def train(flags: Flags) -> None:
     """The whole of stage 2: build, loop, save, report."""
     causal = flags.attention == "causal"

@@ -25,11 +25,10 @@ from nano_moca.data import load_records
 from nano_moca.distributed import init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
-from nano_moca.guard import guarded
 from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
 from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
-from nano_moca.trainer import (Log, close_run, make_optimizer, open_checkpoint,
+from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import empty_model, load_weights
 
@@ -68,7 +67,7 @@ def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags
         yield drawn, micro_batches
 
 
-@guarded  # one run an --output, over nothing that it reads (guard.py)
+@guarded  # one run an --output, over nothing that it reads
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
     # An ablation turns a loss off by masking nothing for it. A patch that counts

@@ -12,9 +12,9 @@ written under its own name:
 
 A rename happens completely or not at all. So whenever the process dies, a complete
 folder is left as `folder` or as `folder.old`, and `find_folder` finds it. A file in it,
-`.nano_moca`, says what we put there: guard.py keeps a run from replacing anything else.
+`.nano_moca`, says what we put there: plan.py keeps a run from replacing anything else.
 
-Left out: locks (guard.py has one).
+Left out: locks (plan.py has one).
 """
 
 import json

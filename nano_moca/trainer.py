@@ -3,6 +3,7 @@
 Plain functions, each of which does one thing; the two loops stand in the scripts,
 train_cpt.py and train_cl.py, which call them in this order:
 
+    guarded            looks first at what the run may touch
     open_checkpoint    find the model to start from; its config and processor
     skip_list          where unusable records are listed
     make_optimizer     AdamW over all parameters
@@ -22,8 +23,9 @@ Left out: a Trainer class. What a step computes is in the scripts, and only ther
 import json
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ from nano_moca.weights import find_checkpoint
 # --steps the rest of the schedule is another, and a GPU's products are not the CPU's.
 MAY_CHANGE = ("output", "steps", "save_every", "resume", "device", "checkpointing", "on_error",
               "held_out", "no_report", "allow_extra")
+
+
+def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
+    """A script's `train`, behind the checks of plan.py: one run an --output, and over
+    nothing that it reads."""
+
+    @wraps(train)
+    def checked(flags: CommonFlags) -> None:
+        from nano_moca.plan import claim_output  # what may go wrong there is no part of training
+
+        with claim_output(flags):
+            train(flags)
+
+    return checked
 
 
 def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:

@@ -23,7 +23,8 @@ from launching import words, write_data
 from nano_moca import MocaError, distributed, flags as flags_module, trainer
 from nano_moca.files import MARKER, first_lines, fresh_folder, put_text, replace_folder
 from nano_moca.flags import CommonFlags, main_guard, parse_flags
-from nano_moca.guard import check_inputs, check_output, guarded, lock
+from nano_moca.plan import check_inputs, check_output, lock
+from nano_moca.trainer import guarded
 
 DEFAULTS = "--steps 3 --save-every 2 --batch-tokens 120 --device cpu --no-report"
 
@@ -257,7 +258,7 @@ LOCKED = """
 import sys
 from pathlib import Path
 from nano_moca.flags import CommonFlags
-from nano_moca.guard import guarded
+from nano_moca.trainer import guarded
 
 def wait(flags):
     print("at work", flush=True)

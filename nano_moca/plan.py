@@ -1,18 +1,17 @@
-"""What a run may touch: looked at before it reads a model or writes anything.
+"""The plan of a run: what it will read and replace, looked at before it does either.
 
 A run writes a few names into --output, and a finished run's files of these names are
 replaced. So a run is refused if what it would replace is what it reads, if somebody
 else put it there, if it cannot be written, or if another run is at work in the folder.
-`guarded` stands above the `train` of both scripts; a reader of the training path need
-not know more than that.
+`guarded` in trainer.py, above the `train` of both scripts, asks for this; a reader of the
+training path need not know more.
 
 Left out: a disk that gets full. files.py keeps what stood there when it does.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import TextIO
@@ -28,24 +27,21 @@ ENDINGS = ("", ".new", ".old", ".part")
 STRAY = (f"{MARKER}*", ".DS_Store", "._*", ".nfs*")  # what we or systems leave in any folder
 
 
-def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
-    """A script's `train` behind these checks."""
-
-    @wraps(train)
-    def checked(flags: CommonFlags) -> None:
-        output = Path(flags.output)
-        check_inputs(flags)
-        check_output(output)
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-            marker = open(output / MARKER, "a")
-        with marker:
-            # The main rank's lock is that of all.
-            if os.environ.get("RANK", "0") == "0":
-                lock(marker, output)
-            train(flags)
-
-    return checked
+@contextmanager
+def claim_output(flags: CommonFlags) -> Iterator[None]:
+    """A run goes on inside it: --output is this run's alone, and what the run reads or
+    somebody else put there is safe. MocaError if that cannot be."""
+    output = Path(flags.output)
+    check_inputs(flags)
+    check_output(output)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        marker = open(output / MARKER, "a")
+    with marker:
+        # The main rank's lock is that of all.
+        if os.environ.get("RANK", "0") == "0":
+            lock(marker, output)
+        yield
 
 
 def check_inputs(flags: CommonFlags) -> None:
