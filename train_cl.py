@@ -36,7 +36,7 @@ from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
-from nano_moca.weights import empty_model, load_weights
+from nano_moca.weights import empty_model, find_weights, load_weights
 import torch
 from torch import Tensor
 
@@ -99,6 +99,7 @@ def train(flags: Flags) -> None:
     world = init_distributed(flags.device, flags.dtype)
     folder, config, processor = open_checkpoint(flags)
     model = empty_model(config)
+    find_weights(folder, model, flags.allow_extra)  # before they are given memory
     shard(model, [*model.visual.blocks, *model.language.layers], world)
     load_weights(model, folder, processor.new_mask_token, flags.allow_extra)
     model.run_vision_always = True  # in a batch without images too, as in train_cpt.py
@@ -108,8 +109,6 @@ def train(flags: Flags) -> None:
     skipped = skip_list(flags, world)
     unusable: list[MocaError] = []  # lines that name no task, to be listed; else they stop us
     tasks = load_pairs(flags, unusable if skipped else None)
-    if flags.held_out:
-        load_tasks(flags.held_out, flags.seed, [])  # a wrong path ends us now, not later
     batches = PairBatches(tasks, processor, flags.batch, flags.max_tokens,
                           flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
                           world_size=world.size, skipped=skipped, unusable=unusable)
@@ -180,9 +179,8 @@ def train(flags: Flags) -> None:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
     close_run(flags, world, log, loader, data_state)
-    save_model(output / "model", world, model, processor,
-               {"attention": flags.attention, "pooling": pooling,
-                "max_tokens": flags.max_tokens})
+    save_model(output / "model", world, model, processor, {
+        "attention": flags.attention, "pooling": pooling, "max_tokens": flags.max_tokens})
 
     # What was learned, on held-out pairs.
     if not flags.no_report:

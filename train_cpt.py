@@ -30,7 +30,7 @@ from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
-from nano_moca.weights import empty_model, load_weights
+from nano_moca.weights import empty_model, find_weights, load_weights
 
 
 @dataclass
@@ -86,6 +86,7 @@ def train(flags: Flags) -> None:
     world = init_distributed(flags.device, flags.dtype)
     folder, config, processor = open_checkpoint(flags)
     vlm = empty_model(config)
+    find_weights(folder, vlm, flags.allow_extra)  # before they are given memory
     model = ReconstructionModel(vlm)
     shard(model, [*vlm.visual.blocks, *vlm.language.layers], world)
     load_weights(vlm, folder, processor.new_mask_token, flags.allow_extra)

@@ -27,7 +27,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,6 @@ Row = tuple[object, Path, str]  # (what is written, file's folder, source)
 
 
 # --- rows -------------------------------------------------------------------------
-
-
-def fingerprint(file: Path) -> str:
-    """A digest of a file's name, its size, and 64 parts of 4 KB spread over it."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(f"{file.name} {size}".encode(errors="surrogateescape"))
-    with open(file, "rb") as opened:
-        for place in np.linspace(0, max(0, size - 4096), 64, dtype=int):
-            opened.seek(place)
-            digest.update(opened.read(4096))
-    return digest.hexdigest()
 
 
 @dataclass
@@ -129,10 +118,10 @@ def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | Non
 
     columns: which of a parquet or Arrow file are read; None: all.
     """
-    if os.path.isdir(path):
-        from nano_moca.convert.sources import find_files  # what may lie in a folder: much
+    from nano_moca.convert import sources  # what may lie in a folder: much
 
-        files = find_files(Path(path), pattern, FILE_KINDS)
+    if os.path.isdir(path):
+        files = sources.find_files(Path(path), pattern, FILE_KINDS)
     else:
         files = [regular_file(Path(path))]
 
@@ -143,7 +132,7 @@ def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | Non
             continue
         try:
             rows = open_file(file, columns)
-            rows.fingerprint = fingerprint(file)
+            rows.fingerprint = sources.fingerprint(file)
         except (OSError, ValueError) as error:
             # Pyarrow's messages have several lines.
             what = " ".join(reason(error).split())
@@ -170,15 +159,6 @@ class LazyRows(Sequence):
     def __post_init__(self) -> None:
         self.fingerprint = self.stored.fingerprint
         self.grouped = self.stored.grouped
-
-    def sample(self, cap: int | None, *key: int) -> "LazyRows":
-        """At most `cap` of them (None: all), chosen at random as `key` seeds it."""
-        if cap is None:
-            return self
-        from nano_moca.convert.sources import sample
-
-        chosen = sample(self, cap, key)
-        return replace(self, numbers=np.asarray(self.numbers)[chosen])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -245,26 +225,14 @@ def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Recor
         from nano_moca.builtin.tasks import BuiltinRecords
 
         return BuiltinRecords(split or "train", seed)
+    from nano_moca.convert.sources import sample, split_sources
+
     parts = []
     for number, source in enumerate(split_sources(path)):
         stored = open_rows(source, columns=("text", "images"))
         rows = LazyRows(stored, range(len(stored)), make_record)
-        parts.append(rows.sample(cap, seed, number))
+        parts.append(sample(rows, cap, (seed, number)))
     return Joined(parts)
-
-
-def split_sources(path: str, flag: str = "--data") -> list[str]:
-    """The paths in "a,b,c"; a path that exists is one, whatever is in its name."""
-    sources = [path] if os.path.exists(path) else path.split(",")
-    if "" in sources:
-        raise MocaError(f"{flag}: an empty path: give a file, a folder, or several: a,b")
-
-    # Nothing is read twice. (With "/" at its end, a folder begins what lies in it.)
-    places = sorted(os.path.join(os.path.realpath(source), "") for source in sources)
-    for outer, inner in zip(places, places[1:], strict=False):
-        if inner.startswith(outer):
-            raise MocaError(f"{flag}: {inner} is in {outer}: name it once")
-    return sources
 
 
 def record_key(record: Record) -> tuple:
@@ -323,6 +291,8 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
 
         return builtin_tasks(split or "train", seed)
 
+    from nano_moca.convert.sources import sample, split_sources
+
     # Each row is parsed once for its task, and again whenever its pair is asked for.
     columns = ("task", "kind", "query", "positive", "negatives")
     stored = Joined(open_rows(source, columns=columns) for source in split_sources(path))
@@ -344,4 +314,5 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
             if unusable is None:
                 raise
             unusable.append(error)
-    return {name: task.sample(cap, seed, place) for place, (name, task) in enumerate(tasks.items())}
+    return {name: sample(task, cap, (seed, place))
+            for place, (name, task) in enumerate(tasks.items())}

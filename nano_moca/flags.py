@@ -5,7 +5,7 @@ text and range, so `--help` cannot disagree with the code. A flag that is unknow
 out of range ends the program with one line and exit code 2; any other error that the
 user can fix ends it with one line and exit code 1.
 
-Left out: configuration files.
+Left out: configuration files and flags that depend on each other.
 """
 
 import argparse
@@ -107,11 +107,6 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
         low, high = field.metadata["low"], field.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             parser.error(f"{names[field.name]} {str(value)[:40]} is not from {low} to {high}")
-
-    # The only two that can contradict each other.
-    low, high = getattr(flags, "min_pixels", None), getattr(flags, "max_pixels", None)
-    if None not in (low, high) and low > high:
-        parser.error(f"--min-pixels {low} is more than --max-pixels {high}")
     return kind(**vars(flags))
 
 

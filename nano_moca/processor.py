@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from nano_moca.batch import MARK, Batch, EncodedRecord, ImageLike, Record
 from nano_moca.config import Config
-from nano_moca.files import MocaError, read_json, write_json
+from nano_moca.files import MocaError, write_json
 
 MASK = "<|mask|>"
 RESERVED = ("<|image_pad|>", "<|video_pad|>", MASK)  # refused outside a mark
@@ -99,18 +99,14 @@ def check_text(record: Record) -> None:
 class Processor:
     """Tokenizer and image processor of one checkpoint."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, image: dict, source: str = "",
-                 image_source: str = "preprocessor_config.json") -> None:
-        """image: the image processor's settings. source, image_source: the files of both,
-        for errors. MocaError if they do not belong to the model."""
+    def __init__(self, tokenizer: Tokenizer, config: Config, image: dict, source: str = ""
+                 ) -> None:
+        """image: the image processor's settings, as `read_settings` gives them. source: the
+        tokenizer's file. MocaError if it does not belong to the model."""
         self.tokenizer = tokenizer
         self.config = config
         self.source = source
-
-        # What others write is read in convert/.
-        from nano_moca.convert.settings import image_settings
-
-        self.image = image_settings(image, config, image_source)
+        self.image = image
         self.min_pixels = self.image["min_pixels"]
         self.max_pixels = self.image["max_pixels"]
         self.mean = np.array(self.image["image_mean"], np.float32)  # [3]
@@ -165,18 +161,11 @@ class Processor:
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
-        # transformers 5 writes one file for all processors, and reads it first; in older
-        # folders such a file has no image processor.
-        file = path.with_name("processor_config.json")
-        image = read_json(file).get("image_processor") if file.exists() else None
-        if not isinstance(image, dict):
-            file = path.with_name("preprocessor_config.json")
-            image = read_json(file)
+        # What others write is read in convert/.
+        from nano_moca.convert.settings import read_settings
 
-        # A limit that is given replaces the file's.
-        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        limits = {name: limit for name, limit in given.items() if limit is not None}
-        return cls(tokenizer, config, image | limits, str(path), str(file))
+        image = read_settings(path.parent, config, min_pixels, max_pixels)
+        return cls(tokenizer, config, image, str(path))
 
     # --- images: from pixels to patches, and back ---------------------------------
 

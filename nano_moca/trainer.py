@@ -43,11 +43,6 @@ from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
 from nano_moca.weights import find_checkpoint
 
-# These flags may differ on --resume. Most change nothing that is computed; with other
-# --steps the rest of the schedule is another, and a GPU's products are not the CPU's.
-MAY_CHANGE = ("output", "steps", "save_every", "resume", "device", "checkpointing", "on_error",
-              "held_out", "no_report", "allow_extra")
-
 
 def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
     """A script's `train`, behind the checks of plan.py: one run an --output, and over
@@ -117,6 +112,8 @@ def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimi
 
     # Other flags or other data would end in what is neither the old run nor a new one.
     if saved is not None:
+        from nano_moca.plan import check_same_run
+
         check_same_run(flags, saved, batches.state)
         batches.state |= saved["data"]
         before = saved["flags"].get("steps")
@@ -127,39 +124,6 @@ def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimi
     if world.main:
         put_text(output / "skipped.jsonl.part", saved["skipped"] if saved else "")
     return saved
-
-
-def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
-    """MocaError if a checkpoint's state is incomplete, or of a run with other flags or
-    other data. data: the state of the data that --data names, at its beginning."""
-    lacking = {"step", "flags", "data", "log", "skipped"} - saved.keys()
-    lacking |= data.keys() - {"fingerprint", *saved.get("data", ())}
-    if lacking:
-        raise MocaError(f"--resume: the checkpoint says nothing of {', '.join(sorted(lacking))}: "
-                        "resume with the stage and version that wrote it, or start anew")
-    check_same_flags(flags, saved["flags"])
-
-    # As many records can be others.
-    for name in ("records", "fingerprint"):
-        before, now = saved["data"].get(name), data.get(name)
-        if before and now and before != now:
-            raise MocaError(f"--resume: {name} of --data {flags.data}: {before} before, and now "
-                            f"{now}: give the same data, or start anew without --resume")
-    if saved["step"] > flags.steps:
-        raise MocaError(f"--resume: {saved['step']} steps are done: --steps {flags.steps} "
-                        "is less")
-
-
-def check_same_flags(flags: CommonFlags, before: dict) -> None:
-    """MocaError if a flag that changes the result differs from the value it had, or is
-    no flag of this stage or version.
-
-    A checkpoint that is older than a flag does not name it: nothing to compare.
-    """
-    for name, value in before.items():
-        if name not in MAY_CHANGE and getattr(flags, name, None) != value:
-            raise MocaError(f"--resume: --{name.replace('_', '-')} was {value}: give the same "
-                            "flags, or start anew without --resume")
 
 
 def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,

@@ -22,7 +22,8 @@ from nano_moca.distributed import World, init_distributed
 from nano_moca.files import find_folder, fresh_folder, replace_folder
 from nano_moca.flags import CommonFlags, flag, parse_flags
 from nano_moca.report.curves import plot_losses
-from nano_moca.trainer import Log, check_same_flags, update, warmup_then_linear
+from nano_moca.plan import check_same_flags
+from nano_moca.trainer import Log, update, warmup_then_linear
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
 
@@ -381,10 +382,10 @@ def test_disk_full_at_the_model(tmp_path: Path, moca: Moca, full_disk, before: b
     """The old model stays or there is none: none that is half written takes its name."""
     if before:
         save_model(tmp_path / "model", ALONE, moca.model, moca.processor)
-    content = {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*")}
+    content = {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*.*")}
     with full_disk(200_000), pytest.raises((OSError, MocaError)):
         save_model(tmp_path / "model", ALONE, moca.model, moca.processor)
-    assert content == {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*")}
+    assert content == {file.name: file.read_bytes() for file in (tmp_path / "model").glob("*.*")}
     assert (tmp_path / "model").exists() == before
 
 

@@ -25,9 +25,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from nano_moca.batch import KINDS, MARK
-from nano_moca.convert.sources import find_files
+from nano_moca.convert.sources import find_files, split_sources
 from nano_moca.convert.tables import ParquetRows
-from nano_moca.data import find_image, split_sources
+from nano_moca.data import find_image
 from nano_moca.files import MocaError, fresh_folder, read_json, reason, replace_folder, writing
 from nano_moca.flags import flag, main_guard, parse_flags
 

@@ -5,10 +5,12 @@ processor_config.json. Were a key passed over, the model would see other pixels 
 was trained with, and nothing would say so.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from nano_moca.config import Config
-from nano_moca.files import MocaError
+from nano_moca.files import MocaError, read_json
 
 # What an image processor's file may say, beside the sizes of config.json: how pixels are
 # computed; and, with other values, the limits of an image's area in pixels, also called
@@ -25,6 +27,24 @@ SETTINGS |= dict.fromkeys([
     "size", "min_pixels", "max_pixels", "image_mean", "image_std", "processor_class", "crop_size",
     "pad_size", "data_format", "input_data_format", "default_to_square", "feature_extractor_type"])
 EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+
+
+def read_settings(folder: Path, config: Config, min_pixels: int | None = None,
+                  max_pixels: int | None = None) -> dict:
+    """The settings of a checkpoint's image processor, checked. The limits of an image's
+    area are the file's unless given. MocaError for files that do not serve."""
+    # transformers 5 writes one file for all processors, and reads it first; in older
+    # folders such a file has no image processor.
+    file = folder / "processor_config.json"
+    image = read_json(file).get("image_processor") if file.exists() else None
+    if not isinstance(image, dict):
+        file = folder / "preprocessor_config.json"
+        image = read_json(file)
+
+    # A limit that is given replaces the file's.
+    given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    return image_settings(image | limits, config, str(file))
 
 
 def image_settings(content: dict, config: Config, file: str) -> dict:

@@ -1,9 +1,16 @@
-"""Where rows come from: the files of data in a folder, a sample, rows in groups."""
+"""Where rows come from: the files of data in a folder, a sample, rows in groups.
 
+A data folder holds more than data, links, and places that may not be read. What is no
+data is passed over by its name; what may be data and cannot be read is an error.
+"""
+
+import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset
@@ -14,8 +21,7 @@ NO_DATA = (".*", "~*", "cache-*.arrow")  # hidden; of an editor; what `datasets`
 LOGS = {"log.jsonl": b'{"step": ', "skipped.jsonl": b'{"count": '}  # how a run's begin
 MEMORY = 2**27  # of the groups of rows that are read at the same time
 
-
-# --- folders ----------------------------------------------------------------------
+# --- files and folders ------------------------------------------------------------
 
 
 def find_files(folder: Path, pattern: str, suffixes: Sequence[str]) -> list[Path]:
@@ -68,6 +74,31 @@ def identity(path: str | Path) -> tuple:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def split_sources(path: str, flag: str = "--data") -> list[str]:
+    """The paths in "a,b,c"; a path that exists is one, whatever is in its name."""
+    sources = [path] if os.path.exists(path) else path.split(",")
+    if "" in sources:
+        raise MocaError(f"{flag}: an empty path: give a file, a folder, or several: a,b")
+
+    # Nothing is read twice. (With "/" at its end, a folder begins what lies in it.)
+    places = sorted(os.path.join(os.path.realpath(source), "") for source in sources)
+    for outer, inner in zip(places, places[1:], strict=False):
+        if inner.startswith(outer):
+            raise MocaError(f"{flag}: {inner} is in {outer}: name it once")
+    return sources
+
+
+def fingerprint(file: Path) -> str:
+    """A digest of a file's name, its size, and 64 parts of 4 KB spread over it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{file.name} {size}".encode(errors="surrogateescape"))
+    with open(file, "rb") as opened:
+        for place in np.linspace(0, max(0, size - 4096), 64, dtype=int):
+            opened.seek(place)
+            digest.update(opened.read(4096))
+    return digest.hexdigest()
+
+
 # --- rows in groups ---------------------------------------------------------------
 
 
@@ -118,18 +149,21 @@ def side_by_side(rows: Sequence, generator: np.random.Generator) -> np.ndarray:
     return np.lexsort((generator.random(len(rows)), windows.repeat(lengths)))
 
 
-def sample(rows: Sequence, cap: int, key: tuple[int, ...]) -> np.ndarray:
-    """[cap] int64 (or fewer, if there are fewer): the numbers, in order, of a random
-    sample of rows, which `key` and `cap` seed."""
+def sample(rows: Any, cap: int | None, key: tuple[int, ...]) -> Any:
+    """At most `cap` of some rows (data.LazyRows; None: all), in order: a random sample,
+    which `key` and `cap` seed."""
+    if cap is None:
+        return rows
     generator = np.random.default_rng((*key, cap))
-    numbers = np.arange(len(rows))
+    chosen = np.arange(len(rows))
 
     # To read some rows of a group costs as much as all: take the first groups of a random
     # order that hold enough.
-    if getattr(rows, "grouped", False):
+    if rows.grouped:
         lengths, groups, _ = pieces_of(rows)
         members = np.bincount(groups, lengths)
         order = generator.permutation(len(members))
         taken = order[: np.searchsorted(members[order].cumsum(), cap) + 1]
-        numbers = np.flatnonzero(np.isin(groups, taken).repeat(lengths))
-    return np.sort(generator.choice(numbers, min(cap, len(numbers)), replace=False))
+        chosen = np.flatnonzero(np.isin(groups, taken).repeat(lengths))
+    chosen = np.sort(generator.choice(chosen, min(cap, len(chosen)), replace=False))
+    return replace(rows, numbers=np.asarray(rows.numbers)[chosen])
