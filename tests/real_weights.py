@@ -1,20 +1,20 @@
-"""Real weights, one command: do they load, and give what the reference and the published figures say?
+"""Real weights, one command: do they load, and give what the reference and the papers say?
 
     python tests/real_weights.py Qwen/Qwen2.5-VL-3B-Instruct [--moca moca-embed/MoCa-Qwen25VL-3B]
         [--image cat_and_dog.jpg] [--vidore FOLDER] [--dtype bfloat16] [--device cuda]
-    python tests/real_weights.py FOLDER --random     first makes random weights of 3B's true shape there
+    python tests/real_weights.py FOLDER --random     makes random weights of 3B's shape there first
 
-Not part of the test suite: it is for somebody who has the weights (7.5 GB for 3B; needs transformers
-5.2 or later). Prints a table to paste into RESULTS.md:
+Not part of the test suite: it is for somebody who has the weights (7.5 GB for 3B; float32 takes
+16 GB of memory; needs transformers 5.6 or later). Prints a table to paste into RESULTS.md:
 
-- parity: hidden states of a handful of texts and pictures, causal and bidirectional, beside those of
-  transformers (each in a process of its own, so that memory holds one model)
-- with --moca and --image: the four cosines of the model card, beside the published ones. The image is
-  the card's: a cat and a dog
-- with --moca and --vidore: nDCG@5 on ESG reports, labelled by humans (Vidore2ESGReportsHL), by our
-  scorer and, where mteb is installed, by mteb. FOLDER is what
-  `hf download vidore/esg_reports_human_labeled_v2 --repo-type dataset --local-dir FOLDER/esg_reports_human_labeled_v2`
-  leaves
+- parity: hidden states of a handful of texts and pictures, causal and bidirectional, beside those
+  of transformers (each in a process of its own, so that memory holds one model)
+- with --moca and --image: the four cosines of the model card, beside the published ones. The
+  image is the card's: a cat and a dog
+- with --moca and --vidore: nDCG@5 on ESG reports, labelled by humans (Vidore2ESGReportsHL), by
+  our scorer and, where mteb is installed, by mteb. FOLDER holds the data set, as it is left by
+  `hf download vidore/esg_reports_human_labeled_v2 --repo-type dataset
+  --local-dir FOLDER/esg_reports_human_labeled_v2`
 - seconds and peak memory of each
 """
 
@@ -36,6 +36,10 @@ from PIL import Image
 
 import nano_moca
 from nano_moca import MARK
+from nano_moca.config import BASE
+from nano_moca.families import load_config
+from nano_moca.processor import Processor
+from nano_moca.weights import find_checkpoint
 
 PROCESSOR = "Qwen/Qwen2.5-VL-3B-Instruct"  # whose tokenizer and image processor MoCa's weights need
 # The model card's example (FACTS: bfloat16; mteb with sdpa prints 0.4844, 0.3594, 0.3926, 0.3203).
@@ -56,8 +60,8 @@ ESG_PUBLISHED = {"mteb's figure for MoCa-3B": 0.62301, "the paper's": 0.633}
 
 
 def items() -> list[dict]:
-    """Texts and pictures. Sides are multiples of 32 and 28 and areas within the limits of Qwen's image
-    processors, so that nothing is resized: the reference resizes with another kernel."""
+    """Texts and pictures. Sides are multiples of 32 and 28, and areas within the limits of Qwen's
+    image processors, so that nothing is resized: the reference may resize with another kernel."""
     rows, columns = np.mgrid[0:448, 0:672]
     waves = np.stack([np.sin(rows / 17), np.cos(columns / 23), np.sin((rows + columns) / 31)], -1)
     picture = Image.fromarray(((waves + 1) * 127.5).astype(np.uint8))
@@ -117,13 +121,12 @@ def theirs(args: argparse.Namespace, folder: Path) -> None:
     import transformers
 
     began = time.perf_counter()
+    checkpoint = find_checkpoint(args.model)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(
-        nano_moca.weights.find_checkpoint(args.model), dtype=args.dtype, attn_implementation="sdpa")
+        checkpoint, dtype=args.dtype, attn_implementation="sdpa")
     model = whole.model.to(args.device).eval()
     loaded = time.perf_counter()
-    config = nano_moca.embedder.load_config(nano_moca.weights.find_checkpoint(args.model))
-    processor = nano_moca.processor.Processor.load(
-        nano_moca.weights.find_checkpoint(args.model), config)
+    processor = Processor.load(checkpoint, load_config(checkpoint))
     for name, causal in (("causal", True), ("bidirectional", False)):
         model.language_model.config.is_causal = causal
         hidden = []
@@ -146,7 +149,7 @@ def card(args: argparse.Namespace, folder: Path) -> None:
     image = Image.open(args.image)
     cosines = {}
     for name, (query, target, _) in CARD.items():
-        sides = [{"text": text, "images": [image] if MARK in text else []} for text in (query, target)]
+        sides = [{"text": text, "images": [image] * text.count(MARK)} for text in (query, target)]
         first, second = moca.embed(sides)
         cosines[name] = float(first @ second)
     report(folder / "card.json", cosines=cosines)
@@ -169,16 +172,18 @@ def esg(args: argparse.Namespace, folder: Path) -> None:
     except ImportError:
         found["mteb"] = float("nan")  # not installed
     else:
+        adapter = NanoMoca(str(BASE))
+        adapter.moca = load_moca(args)
         task = mteb.get_task("Vidore2ESGReportsHLRetrieval")
-        result = mteb.evaluate(NanoMoca(load_moca(args)), [task], cache=None)
-        found["mteb"] = float(result[0].get_score())
+        result = mteb.evaluate(adapter, [task], cache=None)
+        found["mteb"] = float(result.task_results[0].get_score())
     report(folder / "esg.json", scores=found, run=time.perf_counter() - began)
 
 
 def load_moca(args: argparse.Namespace) -> nano_moca.Moca:
     """MoCa's own weights: they come without tokenizer, and with a tensor too many."""
-    return nano_moca.load(args.moca, args.device, getattr(torch, args.dtype), "bidirectional", "mean",
-                          processor=PROCESSOR, allow_extra=True)
+    return nano_moca.load(args.moca, args.device, getattr(torch, args.dtype), "bidirectional",
+                          "mean", processor=PROCESSOR, allow_extra=True)
 
 
 def report(file: Path, **figures: object) -> None:
@@ -191,8 +196,8 @@ def report(file: Path, **figures: object) -> None:
 
 def run(part: str, folder: Path) -> dict:
     """One part in a process of its own; what it reported."""
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part, "--parts", str(folder)],
-                   check=True)
+    words = [*sys.argv[1:], "--part", part, "--parts", str(folder)]
+    subprocess.run([sys.executable, __file__, *words], check=True)
     return json.loads((folder / f"{part}.json").read_text())
 
 
@@ -224,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
             apart, cosine = difference(folder, name, mine["lengths"])
             print(f"| {name} hidden states: largest difference / their std; least cosine | "
                   f"{apart:.1e} | {cosine:.6f} |")
-        print(f"| seconds to load; to run five items twice | {mine['load']:.0f}; {mine['run']:.0f} | "
-              f"{reference['load']:.0f}; {reference['run']:.0f} |")
+        print(f"| seconds to load; to run five items twice | {mine['load']:.0f}; "
+              f"{mine['run']:.0f} | {reference['load']:.0f}; {reference['run']:.0f} |")
         print(f"| peak memory, GB | {mine['peak']:.1f} | {reference['peak']:.1f} |")
         if args.moca and args.image:
             for name, cosine in run("card", folder)["cosines"].items():
@@ -233,16 +238,18 @@ def main(args: argparse.Namespace) -> None:
         if args.moca and args.vidore:
             for name, score in run("esg", folder)["scores"].items():
                 published = "; ".join(f"{who} {value}" for who, value in ESG_PUBLISHED.items())
-                print(f"| ESG reports, human-labelled, nDCG@5: {name} | {score:.5f} | {published} |")
+                print(f"| ESG reports, human-labelled, nDCG@5: {name} | {score:.5f} | "
+                      f"{published} |")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="hub id or folder of a Qwen-VL checkpoint")
     parser.add_argument("--moca", help="hub id or folder of MoCa's weights")
     parser.add_argument("--image", help="the model card's picture of a cat and a dog")
     parser.add_argument("--vidore", help="folder that holds esg_reports_human_labeled_v2")
-    parser.add_argument("--random", action="store_true", help="make random weights of 3B's shape first")
+    parser.add_argument("--random", action="store_true", help="make random weights of 3B's shape")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", help=argparse.SUPPRESS)

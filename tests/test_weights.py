@@ -17,6 +17,7 @@ from nano_moca.config import grow_vocabulary
 from nano_moca.convert.configs import parse_config
 from nano_moca.distributed import World
 from nano_moca.families import load_config
+from nano_moca.files import MARKER
 from nano_moca.processor import Processor
 
 ONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -265,7 +266,7 @@ def test_saving_over_an_older_model(moca: Moca, tmp_path: Path, monkeypatch) -> 
     save_model(index.parent, ONE, moca.model, moca.processor)
     assert {file.name for file in index.parent.iterdir()} == {
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
-        "tokenizer_config.json", "modules.json", "sentence_bert_config.json", "1_Pooling"}
+        "tokenizer_config.json", "modules.json", "sentence_bert_config.json", "1_Pooling", MARKER}
 
 
 def test_saved_with_what_it_was_trained_with(moca: Moca, tmp_path: Path) -> None:
