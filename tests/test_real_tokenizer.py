@@ -26,8 +26,8 @@ from real_tokenizer import LAST_ID, qwen_tokenizer
 VOCABULARY = 151936
 # Combining accents, line ends, scripts, emoji, tokens written out, digits, code.
 TEXTS = [
-    "café", "cafe\u0301", "a\r\nb\n\n  c", "深度学习と機械学習", "👩‍👩‍👧 🇩🇪", "<|im_start|>user\nhi<|im_end|>",
-    "<tool_call>{}</tool_call>", "3.14159 1,000", "def f(x):\n\treturn x", "مرحبا",
+    "café", "cafe\u0301", "a\r\nb\n\n  c", "深度学习と機械学習", "👩‍👩‍👧 🇩🇪",
+    "<|im_start|>user\nhi<|im_end|>", "<tool_call>{}</tool_call>", "3.14159 1,000", "def f(x):\n\treturn x", "مرحبا",
     "don't WE'LL", " ", "   trailing   ", "ſt ﬁ Å"]
 
 
