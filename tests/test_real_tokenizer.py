@@ -27,7 +27,8 @@ VOCABULARY = 151936
 # Combining accents, line ends, scripts, emoji, tokens written out, digits, code.
 TEXTS = [
     "café", "cafe\u0301", "a\r\nb\n\n  c", "深度学习と機械学習", "👩‍👩‍👧 🇩🇪",
-    "<|im_start|>user\nhi<|im_end|>", "<tool_call>{}</tool_call>", "3.14159 1,000", "def f(x):\n\treturn x", "مرحبا",
+    "<|im_start|>user\nhi<|im_end|>", "<tool_call>{}</tool_call>", "3.14159 1,000",
+    "def f(x):\n\treturn x", "مرحبا",
     "don't WE'LL", " ", "   trailing   ", "ſt ﬁ Å"]
 
 
