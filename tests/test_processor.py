@@ -250,7 +250,10 @@ def test_the_file_of_transformers_5(checkpoint: Path) -> None:
     assert new.max_pixels == 28224
     with pytest.raises(MocaError, match="processor_config.json.*do_resize"):
         with_settings(checkpoint, {"image_processor": {"do_resize": 0}}, "processor_config.json")
-    for absent in (whole, {"image_processor": None}, {"image_processor": 5}):
+    for wrong in (5, [], "", False, "Qwen2VLImageProcessor"):
+        with pytest.raises(MocaError, match="/processor_config.json: image_processor is "):
+            with_settings(checkpoint, {"image_processor": wrong}, "processor_config.json")
+    for absent in (whole, {"image_processor": None}):
         with pytest.raises(MocaError, match="preprocessor_config.json"):
             with_settings(checkpoint, absent, "processor_config.json")
 

@@ -265,7 +265,8 @@ def test_saving_over_an_older_model(moca: Moca, tmp_path: Path, monkeypatch) -> 
     save_model(index.parent, ONE, moca.model, moca.processor)
     assert {file.name for file in index.parent.iterdir()} == {
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
-        "tokenizer_config.json", "modules.json", "sentence_bert_config.json", "1_Pooling"}
+        "tokenizer_config.json", "modules.json", "sentence_bert_config.json", "1_Pooling",
+        ".nano_moca"}
 
 
 def test_saved_with_what_it_was_trained_with(moca: Moca, tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     # Switches of other Qwen models, in positions that are not implemented here.
     text.choice("use_sliding_window", False, None)
     text.choice("layer_types", None, ["full_attention"] * sizes["layers"])
-    fields = parse_decoder(top, text, sizes, 8, 1e6)
-    frames, rows, columns = parse_sections(text, (16, 24, 24), sizes["head_width"], False)
+    fields, (frames, rows, columns) = parse_decoder(
+        top, text, sizes, kv_heads=8, theta=1e6, sections=(16, 24, 24), interleaved=False)
 
     # Of the vision tower, Qwen2-VL's file has a ratio in place of a width.
     numbers = VISION_NUMBERS | FAMILY_NUMBERS[family]
@@ -143,19 +143,19 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     return Config(family=family, vision=vision, raw=raw, rope_axes=axes, **fields)
 
 
-def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta: float) -> dict:
-    """What the decoders of all families say alike, as fields of `Config`.
+def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta: float,
+                  sections: tuple[int, ...], interleaved: bool) -> tuple[dict, tuple[int, ...]]:
+    """What the decoders of all families say alike: fields of `Config`, and how many of a
+    head's frequencies each axis of the position has.
 
     top, text: the file, and its decoder's part. sizes: the decoder's numbers. kv_heads,
-    theta: where the file has none.
+    theta, sections: where the file has none.
     """
     # Query heads share the key heads. These may be null: as many as query heads.
-    heads = sizes["heads"]
-    if text.values.get("num_key_value_heads", kv_heads) is None:
-        kv_heads = heads
-    else:
-        kv_heads = text.number("num_key_value_heads", kv_heads, 1, 10**4)
-    text.check(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads}")
+    heads, key = sizes["heads"], "num_key_value_heads"
+    null = text.values.get(key, kv_heads) is None
+    kv_heads = heads if null else text.number(key, kv_heads, 1, 10**4)
+    text.check(heads % kv_heads == 0, key, f"a divisor of {heads}")
     text.choice("hidden_act", "silu")
 
     # The dtype has an older and a newer key. "nano_moca" is ours, see save_weights.
@@ -164,34 +164,25 @@ def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta
         section.choice("dtype", *DTYPES)
     top.check(isinstance(top.values.get("nano_moca", {}), dict), "nano_moca", "an object")
 
-    # Newer files keep rope_theta among the rotary parameters, older ones beside them. Some
-    # of transformers 4 say tied in text_config only, and untied at the top.
-    rope = rotary(text)
-    turning = rope if "rope_theta" in rope.values else text
-    tied = [part.choice("tie_word_embeddings", False, True) for part in (top, text)]
-    return sizes | dict(
-        stored_vocabulary=sizes["vocabulary"], kv_heads=kv_heads, tied=any(tied),
-        rope_theta=turning.number("rope_theta", theta, 1.0, 1e12))
-
-
-def rotary(text: Section) -> Section:
-    """The rotary parameters, under their older name or their newer one."""
+    # One frequency turns two values of a head; other ways to turn are not implemented.
     older = text.part("rope_scaling")
-    return older if older.values else text.part("rope_parameters")
-
-
-def parse_sections(text: Section, default: tuple[int, ...], head_width: int, interleaved: bool
-                   ) -> tuple[int, ...]:
-    """How many of a head's frequencies each axis of the position has. One frequency turns
-    two values of a head; other ways to turn are not implemented here."""
-    rope = rotary(text)
+    rope = older if older.values else text.part("rope_parameters")
     rope.choice("rope_type", "default", "mrope")
     rope.choice("type", "default", "mrope")
     rope.choice("mrope_interleaved", interleaved)
-    sections = rope.numbers("mrope_section", default, 10**5)
+    sections = rope.numbers("mrope_section", sections, 10**5)
+    head_width = sizes["head_width"]
     fits = len(sections) == 3 and sum(sections) * 2 == head_width
-    rope.check(fits, "mrope_section", f"three numbers, half of a head's {head_width} together")
-    return sections
+    rope.check(fits, "mrope_section", f"three numbers, half of {head_width} together")
+
+    # Newer files keep rope_theta among these, older ones beside them. Some of
+    # transformers 4 say tied in text_config only, and untied at the top.
+    turning = rope if "rope_theta" in rope.values else text
+    tied = top.choice("tie_word_embeddings", False, True)
+    tied |= text.choice("tie_word_embeddings", False, True)
+    return sizes | dict(
+        stored_vocabulary=sizes["vocabulary"], kv_heads=kv_heads, tied=tied,
+        rope_theta=turning.number("rope_theta", theta, 1.0, 1e12)), sections
 
 
 def parse_tower(tower: Section, numbers: dict, act: str, width: int) -> dict:
@@ -207,7 +198,8 @@ def parse_tower(tower: Section, numbers: dict, act: str, width: int) -> dict:
 
     # Image tokens stand among text tokens. A quarter of a head turns with the row, and
     # one with the column.
-    tower.check(sizes["out_width"] == width, numbers["out_width"][0], f"the decoder's {width}")
+    fits, key = sizes["out_width"] == width, numbers["out_width"][0]
+    tower.check(fits, key, f"the decoder's width {width}")
     fits = sizes["width"] % (4 * sizes["heads"]) == 0
     tower.check(fits, "num_heads", f"a divisor of {sizes['width'] // 4}")
     return sizes | {"act": act}

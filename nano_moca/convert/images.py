@@ -21,6 +21,8 @@ from nano_moca.files import MocaError, reason, regular_file
 # which words a PNG may say, behind its pixels, how it is turned.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 PNG_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+MAX_PIXELS = 89_478_485  # beyond it Pillow warns of a decompression bomb
+MAX_BYTES = 10**9  # of a file: no such picture has as many
 
 
 def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Image:
@@ -34,30 +36,8 @@ def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Ima
     name = image if isinstance(image, (str, Path)) else f"given as {kind.strip()}"
     try:
         with warnings.catch_warnings():
-            # Pillow refuses a decompression bomb; of half of one, 89 million pixels, it warns.
             warnings.filterwarnings("ignore", module="PIL")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = read_image(image)
-            if not decode:
-                blank = Image.new("1", picture.size)
-                blank.info = picture.info
-                picture = blank
-
-            # Converted in memory, it may still call a colour transparent that once was.
-            see_through = picture.has_transparency_data
-            see_through &= picture.format is not None or picture.mode not in ("L", "RGB")
-
-            # If the metadata are damaged, viewers show it as it is stored.
-            picture.load()
-            with suppress(Exception):
-                picture = ImageOps.exif_transpose(picture)
-
-            # As Qwen's own loader does.
-            if decode and see_through:
-                colours = picture.convert("RGBA")
-                picture = Image.new("RGB", picture.size, "white")
-                picture.paste(colours, mask=colours)
-            return picture.convert("RGB") if decode else picture
+            return show(read_image(image), decode)
     except MocaError as error:
         raise MocaError(f"{source}: the image {error}") from None
     # Pillow raises a dozen kinds for files that are no good images.
@@ -70,22 +50,58 @@ def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Ima
 def read_image(image: ImageLike) -> Image.Image:
     """A PIL image; of a file, only its header is decoded. No file stays open: a process
     may hold only so many. Errors of many kinds."""
-    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = Image.fromarray(np.asarray(image))
     if isinstance(image, (str, Path)):
-        image = regular_file(Path(image)).read_bytes()
+        image = regular_file(Path(image), MAX_BYTES).read_bytes()
 
-    content = image
-    if not isinstance(image, Image.Image):
+    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
+    later = isinstance(image, Image.Image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        height, width = image.shape[:2]
+        check_pixels(height * width)
+        image = Image.fromarray(np.asarray(image))
+    elif not later:
+        content = bytes(memoryview(image))
+        later = any(name in content for name in PNG_METADATA)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
+
+    # Converting 16 or 32 bits would clip them: all white, or all black. A picture that
+    # was opened elsewhere may be a program.
+    check_pixels(image.width * image.height)
+    if image.mode.startswith(("I", "F")) or image.format == "EPS":
+        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
 
     # A PNG's metadata may stand behind its pixels, found only by decoding them. A picture
     # that was handed over is decoded at once: it stays where it is anyway.
-    if "exif" not in image.info and (image is content or any(m in content for m in PNG_METADATA)):
+    if later and "exif" not in image.info:
         image.load()
-
-    # Converting 16 or 32 bits would clip them: all white, or all black.
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
     return image
+
+
+def check_pixels(pixels: int) -> None:
+    """ValueError for what may not fit into the memory."""
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"it has {pixels} pixels, of at most {MAX_PIXELS}")
+
+
+def show(picture: Image.Image, decode: bool) -> Image.Image:
+    """A picture upright and on white, or a blank one of its size: see `open_image`."""
+    if not decode:
+        blank = Image.new("1", picture.size)
+        blank.info = picture.info
+        picture = blank
+
+    # Converted in memory, it may still call a colour transparent that once was.
+    see_through = picture.has_transparency_data
+    see_through &= picture.format is not None or picture.mode not in ("L", "RGB")
+
+    # If the metadata are damaged, viewers show it as it is stored.
+    picture.load()
+    with suppress(Exception):
+        picture = ImageOps.exif_transpose(picture)
+
+    # As Qwen's own loader does.
+    if decode and see_through:
+        colours = picture.convert("RGBA")
+        picture = Image.new("RGB", picture.size, "white")
+        picture.paste(colours, mask=colours)
+    return picture.convert("RGB") if decode else picture

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nano_moca.config import Config, VisionConfig
 from nano_moca.convert import configs
-from nano_moca.convert.configs import Section, parse_decoder, parse_sections, parse_tower
+from nano_moca.convert.configs import Section, parse_decoder, parse_tower
 
 # The numbers in the file, as in convert/configs.py: by our names theirs, the value
 # if there is none, and the least and the most that it may be.
@@ -56,12 +56,12 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
     text.choice("model_type", "qwen3_vl_text")
     text.choice("attention_bias", False)
     sizes = text.sizes(DECODER_NUMBERS)
-    fields = parse_decoder(top, text, sizes, 32, 500000.0)
+    text.check(sizes["head_width"] % 2 == 0, "head_dim", "an even number")
+    fields, sections = parse_decoder(
+        top, text, sizes, kv_heads=32, theta=500000.0, sections=(24, 20, 20), interleaved=True)
 
     # The three axes take turns (frame, row, column, frame, ...), row and column until
     # they have as many frequencies as their section says. The rest are the frame's.
-    text.check(sizes["head_width"] % 2 == 0, "head_dim", "even")
-    sections = parse_sections(text, (24, 20, 20), sizes["head_width"], True)
     axes = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
 
     # Places for the learnt positions, and the blocks of DeepStack.
