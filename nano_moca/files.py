@@ -27,7 +27,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-MAX_JSON = 10**8  # bytes of a file that is read as a whole
 MARKER = ".nano_moca"  # in a folder that we wrote: patterns of the names that we put there
 
 
@@ -70,7 +69,7 @@ def reason(error: Exception) -> str:
 def read_json(path: Path) -> dict:
     """One JSON object from a file; MocaError if absent, malformed or no object."""
     try:
-        return {**json.loads(regular_file(path, MAX_JSON).read_text(encoding="utf-8"))}
+        return {**json.loads(regular_file(path, 10**8).read_text(encoding="utf-8"))}
     # TypeError if it is no object, RecursionError if it is nested too deep.
     except (OSError, ValueError, TypeError, RecursionError) as error:
         advice = "give the folder of a Qwen-VL checkpoint"

@@ -144,6 +144,7 @@ class Processor:
             raise MocaError(f"{path} is no file: copy it, or name a --processor that has it")
         try:
             tokenizer = Tokenizer.from_buffer(regular_file(path, 10**9).read_bytes())
+            tokenizer.model.dropout = None  # all Qwen's are BPE: no dice, as in its training
         # The library raises plain Exception.
         except Exception as error:
             raise MocaError(f"{path} cannot be read ({error}): copy it again") from None
@@ -247,13 +248,12 @@ class Processor:
         ids = np.array(encoding.ids, np.int64)
 
         # A pad is repeated once per merged group of its image, all else stands once.
-        is_image = ids == self.image_token
-        if not ids.size or is_image.sum() != len(grids):
+        if not ids.size or np.sum(ids == self.image_token) != len(grids):
             raise MocaError(f"{source}: the text becomes no token, or not one for each image: "
                             "use the checkpoint's own tokenizer.json")
         per_group = self.config.vision.merge**2
         repeats = np.ones(len(ids), np.int64)
-        repeats[is_image] = [math.prod(grid) // per_group for grid in grids]
+        repeats[ids == self.image_token] = [math.prod(grid) // per_group for grid in grids]
         tokens = np.repeat(ids, repeats)  # [L]
 
         # Shorten the text, but not before the end of the last image's mark, and not the

@@ -94,12 +94,15 @@ class Section:
         """All numbers of a table, by our names."""
         return {ours: self.number(*theirs) for ours, theirs in table.items()}
 
-    def numbers(self, key: str, default: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """A list of whole numbers from 0 to `most`. The default is not looked at."""
+    def numbers(self, key: str, default: tuple, least: float, most: float) -> tuple:
+        """A list of numbers from `least` to `most`, whole if `most` is. The default is not
+        looked at."""
         value = self.values.get(key, default)
+        kind = type(most)
         fits = isinstance(value, list) and all(
-            type(number) is int and 0 <= number <= most for number in value)
-        self.check(fits or value is default, key, f"a list of whole numbers from 0 to {most}")
+            type(number) in (int, kind) and least <= number <= most for number in value)
+        whole = "whole " if kind is int else ""
+        self.check(fits or value is default, key, f"a list of {whole}numbers from {least} to {most}")
         return tuple(value)
 
 
@@ -134,7 +137,7 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     if family == "qwen2_vl":
         tower_fields["mlp_width"] *= tower_fields["width"]
     vision = VisionConfig(**tower_fields, full_blocks=tower.numbers(
-        "fullatt_block_indexes", (7, 15, 23, 31), tower_fields["depth"] - 1))
+        "fullatt_block_indexes", (7, 15, 23, 31), 0, tower_fields["depth"] - 1))
 
     # A window is cut into groups, and has none in Qwen2-VL.
     side = vision.patch * vision.merge
@@ -170,7 +173,7 @@ def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta
     rope.choice("rope_type", "default", "mrope")
     rope.choice("type", "default", "mrope")
     rope.choice("mrope_interleaved", interleaved)
-    sections = rope.numbers("mrope_section", sections, 10**5)
+    sections = rope.numbers("mrope_section", sections, 0, 10**5)
     head_width = sizes["head_width"]
     fits = len(sections) == 3 and sum(sections) * 2 == head_width
     rope.check(fits, "mrope_section", f"three numbers, half of {head_width} together")

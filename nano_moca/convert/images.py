@@ -37,7 +37,27 @@ def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Ima
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
-            return show(read_image(image), decode)
+            picture = read_image(image)
+            if not decode:
+                blank = Image.new("1", picture.size)
+                blank.info = picture.info
+                picture = blank
+
+            # Converted in memory, it may still call a colour transparent that once was.
+            see_through = picture.has_transparency_data
+            see_through &= picture.format is not None or picture.mode not in ("L", "RGB")
+
+            # If the metadata are damaged, viewers show it as it is stored.
+            picture.load()
+            with suppress(Exception):
+                picture = ImageOps.exif_transpose(picture)
+
+            # As Qwen's own loader does.
+            if decode and see_through:
+                colours = picture.convert("RGBA")
+                picture = Image.new("RGB", picture.size, "white")
+                picture.paste(colours, mask=colours)
+            return picture.convert("RGB") if decode else picture
     except MocaError as error:
         raise MocaError(f"{source}: the image {error}") from None
     # Pillow raises a dozen kinds for files that are no good images.
@@ -53,55 +73,25 @@ def read_image(image: ImageLike) -> Image.Image:
     if isinstance(image, (str, Path)):
         image = regular_file(Path(image), MAX_BYTES).read_bytes()
 
-    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
+    # The metadata of a PNG may stand behind its pixels, found only by decoding them. A
+    # picture that was handed over is decoded at once: it stays where it is anyway.
+    is_array = isinstance(image, (np.ndarray, torch.Tensor))
     later = isinstance(image, Image.Image)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        height, width = image.shape[:2]
-        check_pixels(height * width)
-        image = Image.fromarray(np.asarray(image))
-    elif not later:
+    if not is_array and not later:
         content = bytes(memoryview(image))
         later = any(name in content for name in PNG_METADATA)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
 
+    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
+    height, width = image.shape[:2] if is_array else image.size
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"it has {height * width} pixels, of at most {MAX_PIXELS}")
+    image = Image.fromarray(np.asarray(image)) if is_array else image
+
     # Converting 16 or 32 bits would clip them: all white, or all black. A picture that
     # was opened elsewhere may be a program.
-    check_pixels(image.width * image.height)
     if image.mode.startswith(("I", "F")) or image.format == "EPS":
-        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-
-    # A PNG's metadata may stand behind its pixels, found only by decoding them. A picture
-    # that was handed over is decoded at once: it stays where it is anyway.
+        raise ValueError(f"its format is {image.format}, its mode {image.mode}, not 8 bits each")
     if later and "exif" not in image.info:
         image.load()
     return image
-
-
-def check_pixels(pixels: int) -> None:
-    """ValueError for what may not fit into the memory."""
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"it has {pixels} pixels, of at most {MAX_PIXELS}")
-
-
-def show(picture: Image.Image, decode: bool) -> Image.Image:
-    """A picture upright and on white, or a blank one of its size: see `open_image`."""
-    if not decode:
-        blank = Image.new("1", picture.size)
-        blank.info = picture.info
-        picture = blank
-
-    # Converted in memory, it may still call a colour transparent that once was.
-    see_through = picture.has_transparency_data
-    see_through &= picture.format is not None or picture.mode not in ("L", "RGB")
-
-    # If the metadata are damaged, viewers show it as it is stored.
-    picture.load()
-    with suppress(Exception):
-        picture = ImageOps.exif_transpose(picture)
-
-    # As Qwen's own loader does.
-    if decode and see_through:
-        colours = picture.convert("RGBA")
-        picture = Image.new("RGB", picture.size, "white")
-        picture.paste(colours, mask=colours)
-    return picture.convert("RGB") if decode else picture

@@ -24,8 +24,8 @@ SWITCHES = {
                              "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor")}
 LIMITS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
 EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FREE = ("size", "image_mean", "image_std", "processor_class", "crop_size", "pad_size",
         "data_format", "input_data_format", "default_to_square", "feature_extractor_type")
 
@@ -86,9 +86,7 @@ def image_settings(image: Section, config: Config) -> dict:
     settings |= LIMITS | read_limits(size) | read_limits(image)
 
     # Pixels are 0..1 here, and are divided by their deviation.
-    for key, clip, least in (("image_mean", CLIP_MEAN, 0), ("image_std", CLIP_STD, 0.001)):
-        values = settings.setdefault(key, clip)
-        values = values if isinstance(values, list) else []
-        fits = [type(n) in (int, float) and least <= n <= 1 for n in values] == [True, True, True]
-        image.check(fits, key, f"three numbers from {least} to 1")
+    for key, clip, least in (("image_mean", CLIP_MEAN, 0.0), ("image_std", CLIP_STD, 0.001)):
+        settings[key] = image.numbers(key, clip, least, 1.0)
+        image.check(len(settings[key]) == 3, key, "three numbers, one for each channel")
     return settings

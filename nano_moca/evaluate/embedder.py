@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nano_moca.attention import Segments
 from nano_moca.batch import Batch, EncodedRecord, Record
+from nano_moca.convert.configs import Section
 from nano_moca.data import make_record
 from nano_moca.families import load_config
 from nano_moca.files import MocaError, reason
@@ -170,16 +171,14 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
 
     # What the caller asks for, else what the model was trained with, else the usual.
     config = load_config(folder)
-    trained_with = config.raw.get("nano_moca", {})
-    attention = attention or trained_with.get("attention", "bidirectional")
-    usual = "last" if attention == "causal" else "mean"
-    pooling = pooling or trained_with.get("pooling", usual)
-    if attention not in ("bidirectional", "causal") or pooling not in POOLINGS:
-        raise MocaError(f"{folder}: attention is {attention!r} and pooling {pooling!r}: "
-                        "use bidirectional or causal, mean or last")
-    max_tokens = trained_with.get("max_tokens") if max_tokens is None else max_tokens
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise MocaError(f"{folder}: max_tokens is {max_tokens!r}: give a whole number above 0")
+    asked = {"attention": attention, "pooling": pooling, "max_tokens": max_tokens}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    said = Section(config.raw.get("nano_moca", {}) | asked, f"{folder}: ")
+    attention = said.choice("attention", "bidirectional", "causal")
+    usual = POOLINGS if attention == "bidirectional" else POOLINGS[::-1]
+    pooling = said.choice("pooling", *usual)
+    if said.values.get("max_tokens") is not None:
+        max_tokens = said.number("max_tokens", 1, 1, 10**9)
 
     # Of another checkpoint no weights are needed.
     files = find_checkpoint(processor, "*.json") if processor else folder

@@ -69,7 +69,7 @@ def parse_qwen3(raw: dict, source: str = "config.json") -> Qwen3Config:
     tower_fields = parse_tower(tower, VISION_NUMBERS, "gelu_pytorch_tanh", sizes["width"])
     places = tower.number("num_position_embeddings", 2304, 1, 10**6)
     depth, layers = tower_fields["depth"], sizes["layers"]
-    blocks = tower.numbers("deepstack_visual_indexes", (8, 16, 24), depth - 1)
+    blocks = tower.numbers("deepstack_visual_indexes", (8, 16, 24), 0, depth - 1)
 
     # Each block's features enter after a layer of the decoder of their own.
     rising = sorted(set(blocks) & set(range(depth)))
