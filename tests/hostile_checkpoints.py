@@ -112,7 +112,8 @@ def outcome(run: Run, seconds: int) -> tuple[str, str, float, float]:
         return what, said, took, memory
 
 
-def judge(kind: str, right: str, words: tuple[str, ...], what: str, said: str, memory: float) -> str:
+def judge(kind: str, right: str, words: tuple[str, ...], what: str, said: str, memory: float
+          ) -> str:
     """Why it is wrong; nothing if it is right."""
     if what not in ("works", "refused") or (right != "either" and what != right):
         return f"{what}, not {right}"
@@ -326,14 +327,22 @@ for name, change in {
 
 GOOD = (SOURCES["2.5"] / "config.json").read_text()
 LARGE = {"num_hidden_layers": 1000, "num_attention_heads": 10**4, "intermediate_size": 10**6}
-refused("config value", "the largest that may be", loading("2.5", edit(
-    "config.json", lambda raw: [raw["text_config"].update(LARGE | {
+
+
+def largest(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"] |= LARGE | {
         "hidden_size": 10**5, "vocab_size": 10**8, "num_key_value_heads": 10**4,
-        "layer_types": None, "rope_parameters": {"mrope_section": [1, 2, 2]}}),
-        raw["vision_config"].update({
-            "depth": 1000, "hidden_size": 96000, "out_hidden_size": 10**5, "patch_size": 1000,
-            "temporal_patch_size": 16, "spatial_merge_size": 16, "window_size": 16000})][:0])),
-    "model")
+        "layer_types": None, "rope_parameters": {"mrope_section": [1, 2, 2]}}
+    raw["vision_config"] |= {
+        "depth": 1000, "hidden_size": 96000, "out_hidden_size": 10**5, "patch_size": 1000,
+        "temporal_patch_size": 16, "spatial_merge_size": 16, "window_size": 16000}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "preprocessor_config.json").write_text(json.dumps(
+        {"patch_size": 1000, "temporal_patch_size": 16, "merge_size": 16}))
+
+
+refused("config value", "the largest that may be", loading("2.5", largest), "do not fit")
 refused("config value", "a list of a million blocks", loading("2.5", edit(
     "config.json", lambda raw: raw["vision_config"].update(
         fullatt_block_indexes=[1] * 10**6 + [True]))), "fullatt_block_indexes")
@@ -1020,7 +1029,8 @@ for name, tensor in {
         "float32": torch.rand(60, 60, 3), "channels first": torch.zeros(3, 60, 60).byte(),
         "bfloat16": torch.zeros(60, 60).bfloat16(), "meta": torch.zeros(60, 60, 3, device="meta"),
         "sparse": torch.eye(60).byte().to_sparse(), "bool": torch.zeros(60, 60, 3).bool(),
-        "float8": torch.zeros(60, 60, 3).to(torch.float8_e4m3fn), "int64": torch.zeros(60, 60).long(),
+        "float8": torch.zeros(60, 60, 3).to(torch.float8_e4m3fn),
+        "int64": torch.zeros(60, 60).long(),
         "empty": torch.zeros(0, 3).byte(), "gradient": torch.zeros(60, 60, requires_grad=True)
         }.items():
     refused("array", f"tensor, {name}", picture(tensor), "row 8")

@@ -155,8 +155,8 @@ def test_items_that_are_refused(moca: Moca, item: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("items", [list, "", "a", b"a", {"text": "a"}, Record("a"), None, 5, Path("a.png"),
-                                   Image.new("RGB", (56, 56))])
+@pytest.mark.parametrize("items", [list, "", "a", b"a", {"text": "a"}, Record("a"), None, 5,
+                                   Path("a.png"), Image.new("RGB", (56, 56))])
 def test_one_item_is_no_list(moca: Moca, items: object) -> None:
     with pytest.raises(MocaError, match="list of items"):
         moca.embed(items)

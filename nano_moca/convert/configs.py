@@ -101,8 +101,8 @@ class Section:
         kind = type(most)
         fits = isinstance(value, list) and all(
             type(number) in (int, kind) and least <= number <= most for number in value)
-        whole = "whole " if kind is int else ""
-        self.check(fits or value is default, key, f"a list of {whole}numbers from {least} to {most}")
+        wanted = f"a list of {kind.__name__}s from {least} to {most}"
+        self.check(fits or value is default, key, wanted)
         return tuple(value)
 
 
@@ -161,10 +161,13 @@ def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta
     text.check(heads % kv_heads == 0, key, f"a divisor of {heads}")
     text.choice("hidden_act", "silu")
 
-    # The dtype has an older and a newer key. "nano_moca" is ours, see save_weights.
+    # The dtype has an older and a newer key. Some files of transformers 4 say tied in
+    # text_config only, and untied at the top. "nano_moca" is ours, see save_weights.
+    tied = False
     for section in (top, text):
         section.choice("torch_dtype", *DTYPES)
         section.choice("dtype", *DTYPES)
+        tied |= section.choice("tie_word_embeddings", False, True)
     top.check(isinstance(top.values.get("nano_moca", {}), dict), "nano_moca", "an object")
 
     # One frequency turns two values of a head; other ways to turn are not implemented.
@@ -178,11 +181,8 @@ def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta
     fits = len(sections) == 3 and sum(sections) * 2 == head_width
     rope.check(fits, "mrope_section", f"three numbers, half of {head_width} together")
 
-    # Newer files keep rope_theta among these, older ones beside them. Some of
-    # transformers 4 say tied in text_config only, and untied at the top.
+    # Newer files keep rope_theta among these, older ones beside them.
     turning = rope if "rope_theta" in rope.values else text
-    tied = top.choice("tie_word_embeddings", False, True)
-    tied |= text.choice("tie_word_embeddings", False, True)
     return sizes | dict(
         stored_vocabulary=sizes["vocabulary"], kv_heads=kv_heads, tied=tied,
         rope_theta=turning.number("rope_theta", theta, 1.0, 1e12)), sections

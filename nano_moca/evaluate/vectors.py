@@ -50,6 +50,10 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
         found = read_vectors(file, vectors[index].shape) if file else None
         if found is None:
             found = moca.embed(part).numpy()
+            for record, vector in zip(part, found, strict=True):
+                if not np.isfinite(vector).all():
+                    raise MocaError(f"{record.source}: its vector is not finite: try --dtype "
+                                    "float32, or another checkpoint")
             if file:
                 save_vectors(file, found)
         vectors[index] = found
