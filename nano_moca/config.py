@@ -27,6 +27,11 @@ class VisionConfig:
     merge: int  # merge x merge patches become one token of the decoder
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The shape of the patch embedding in files: a convolution's."""
+        return self.width, 3, self.frames, self.patch, self.patch
+
+    @property
     def patch_values(self) -> int:
         """Values in one patch: channels x frames x patch x patch (1176)."""
         return 3 * self.frames * self.patch * self.patch

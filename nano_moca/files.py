@@ -39,27 +39,25 @@ class MocaError(Exception):
 
 def one_line(text: object) -> str:
     """A text as one line to print: what is written in data, or a file is called, may
-    hold line ends and control characters, and could forge a line of ours."""
-    shown = []
-    for character in str(text):
-        if not character.isprintable():
-            character = character.encode("unicode_escape").decode()
-        shown.append(character)
-    return "".join(shown)
+    hold line ends and control characters, and could forge a line of ours; or be a
+    megabyte long, and is shortened."""
+    text = str(text)
+    text = text if len(text) <= 5000 else f"{text[:4000]} ... {text[-900:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 # --- files ------------------------------------------------------------------------
 
 
-def regular_file(path: Path) -> Path:
-    """The path itself; MocaError unless it is an ordinary file, or a link to one. To
-    read a pipe or a device may never end."""
+def regular_file(path: Path, most: int = 10**15) -> Path:
+    """The path itself; MocaError unless it is an ordinary file of at most so many bytes,
+    or a link to one. To read a pipe or a device may never end."""
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except (OSError, ValueError) as error:
         raise MocaError(f"{path} cannot be read ({reason(error)}): correct the path") from None
-    if not stat.S_ISREG(mode):
-        raise MocaError(f"{path} is not an ordinary file: give a file")
+    if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+        raise MocaError(f"{path} is not an ordinary file of at most {most} bytes: give a file")
     return path
 
 
@@ -71,7 +69,7 @@ def reason(error: Exception) -> str:
 def read_json(path: Path) -> dict:
     """One JSON object from a file; MocaError if absent, malformed or no object."""
     try:
-        return {**json.loads(regular_file(path).read_text(encoding="utf-8"))}
+        return {**json.loads(regular_file(path, 10**8).read_text(encoding="utf-8"))}
     # TypeError if it is no object, RecursionError if it is nested too deep.
     except (OSError, ValueError, TypeError, RecursionError) as error:
         advice = "give the folder of a Qwen-VL checkpoint"

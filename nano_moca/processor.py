@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from nano_moca.batch import MARK, Batch, EncodedRecord, ImageLike, Record
 from nano_moca.config import Config
-from nano_moca.files import MocaError, write_json
+from nano_moca.files import MocaError, regular_file, write_json
 
 MASK = "<|mask|>"
 RESERVED = ("<|image_pad|>", "<|video_pad|>", MASK)  # refused outside a mark
@@ -64,15 +64,6 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> t
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
-
-
-def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Image:
-    """An image as a viewer shows it, in RGB; or, unless asked to `decode`, a blank one of
-    its size. MocaError, with source and file, if it cannot be used."""
-    # What can be wrong with an image is a subject of its own.
-    from nano_moca.convert import images
-
-    return images.open_image(image, source, decode)
 
 
 def check_text(record: Record) -> None:
@@ -113,7 +104,7 @@ class Processor:
         self.std = np.array(self.image["image_std"], np.float32)  # [3]
 
         # Each of its tokens needs an embedding.
-        last = max(tokenizer.get_vocab().values())
+        last = max(tokenizer.get_vocab().values(), default=0)
         if last >= config.vocabulary:
             raise MocaError(f"{source}: {tokenizer.id_to_token(last)} is {last}, of "
                             f"{config.vocabulary} in config.json: take both from one checkpoint")
@@ -152,7 +143,8 @@ class Processor:
         if not path.is_file():
             raise MocaError(f"{path} is no file: copy it, or name a --processor that has it")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_buffer(regular_file(path, 10**9).read_bytes())
+            tokenizer.model.dropout = None  # all Qwen's are BPE: no dice, as in its training
         # The library raises plain Exception.
         except Exception as error:
             raise MocaError(f"{path} cannot be read ({error}): copy it again") from None
@@ -188,7 +180,9 @@ class Processor:
         """
         p, m = self.config.vision.patch, self.config.vision.merge
 
-        # Resize to full groups in both directions.
+        # Opened as a viewer would show it, resize to full groups in both directions.
+        from nano_moca.convert.images import open_image
+
         image = open_image(image, source, decode=True)
         _, high, wide = self.grid(image, source)
         image = image.resize((wide * p, high * p), Image.Resampling.BICUBIC)
@@ -238,17 +232,25 @@ class Processor:
         source = record.source
         check_text(record)
 
-        # One image after the other: none is kept, decoded or open.
+        # One image after the other: none is kept, decoded or open. (What can be wrong with
+        # an image is a subject of its own.)
+        from nano_moca.convert.images import open_image
+
         grids = [self.grid(open_image(image, source, decode), source) for image in record.images]
 
         # Token ids, at first with one pad for each image.
         try:
             encoding = self.tokenizer.encode(record.text, add_special_tokens=False)
-        except TypeError:  # half of a surrogate pair, which JSON can say
-            raise MocaError(f"{source}: the text is not valid Unicode: correct it") from None
-        ids = np.array(encoding.ids)
+        # Half of a surrogate pair, which JSON can say, or a token for which it has no id.
+        except Exception as error:
+            raise MocaError(f"{source}: the tokenizer does not take the text ({error}): correct "
+                            "it") from None
+        ids = np.array(encoding.ids, np.int64)
 
         # A pad is repeated once per merged group of its image, all else stands once.
+        if not ids.size or np.sum(ids == self.image_token) != len(grids):
+            raise MocaError(f"{source}: the text becomes no token, or not one for each image: "
+                            "use the checkpoint's own tokenizer.json")
         per_group = self.config.vision.merge**2
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == self.image_token] = [math.prod(grid) // per_group for grid in grids]

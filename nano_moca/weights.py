@@ -26,7 +26,7 @@ Left out: other formats than safetensors, and quantised weights.
 """
 
 import copy
-import math
+import os
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from nano_moca.config import Config
 from nano_moca.distributed import copy_into_shard
 from nano_moca.families import build_model
-from nano_moca.files import MocaError, read_json, regular_file, write_json
+from nano_moca.files import MocaError, read_json, reason, regular_file, write_json
 from nano_moca.model import VLM
 
 # How a stored name begins, and how ours does; the first that fits counts.
@@ -45,6 +45,7 @@ LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
            ("language_model.", "language."), ("visual.", "visual."), ("model.", "language."))
 EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
+KERNEL = "visual.patch_embed.weight"  # a convolution's, and our matrix [E, 1176]
 SHARD_SIZE = "5GB"
 # Of a checkpoint on the hub.
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
@@ -56,19 +57,18 @@ Found = dict[str, tuple[Path, str]]  # {our name: (file, stored name)}
 def find_checkpoint(name: str | Path, *patterns: str) -> Path:
     """A local folder as it is; a hub id like "Qwen/Qwen2.5-VL-3B-Instruct" as its
     download, of all files or those that fit `patterns`. MocaError if it is neither."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if len(path.parts) != 2 or str(name).startswith((".", "/")):
+    name = str(name)
+    if os.path.isdir(name):
+        return Path(name)
+    if len(Path(name).parts) != 2 or name.startswith((".", "/")):
         raise MocaError(f"{name} is not a folder: give a checkpoint folder or a hub id owner/name")
 
     # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
-        patterns = patterns or DOWNLOADED
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns or DOWNLOADED)))
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MocaError(f"{name} is not a folder, nor on the hub ({reason})") from None
+        what = reason(error).splitlines()[0]
+        raise MocaError(f"{name} is not a folder, nor on the hub ({what})") from None
 
 
 def our_name(stored: str) -> str | None:
@@ -98,7 +98,7 @@ def find_shards(folder: Path) -> list[Path]:
     read, here as there."""
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not os.path.lexists(index):
         return [single]
     promised = read_json(index).get("weight_map")
     if not isinstance(promised, dict) or not promised:
@@ -127,7 +127,7 @@ def read_header(folder: Path) -> Header:
                 for name in tensors.keys():
                     part = tensors.get_slice(name)
                     header.append((name, file, tuple(part.get_shape()), part.get_dtype()))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise MocaError(f"{file} is absent or damaged ({error}): copy it again") from None
     return header
 
@@ -144,7 +144,7 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
     # head may be stored too: load_weights compares it with the embedding.
     needed = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     table = (model.config.stored_vocabulary, model.config.width)
-    asked = needed | {EMBEDDING: table, HEAD: table}
+    asked = needed | {EMBEDDING: table, HEAD: table, KERNEL: model.config.vision.kernel}
 
     # All that does not fit is collected, so that one message shows the pattern.
     found: Found = {}
@@ -153,10 +153,6 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
         name = our_name(stored)
         if name is None or (allow_extra and name not in asked):
             continue
-
-        # A convolution's kernel [E, 3, frames, patch, patch] is our matrix [E, 1176].
-        if name == "visual.patch_embed.weight":
-            shape = (shape[0], math.prod(shape[1:]))
 
         # Of two tensors for one parameter, nobody can say which is right.
         if name not in asked:
@@ -245,12 +241,10 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
     ...}, written as "nano_moca" for `nano_moca.load`; None keeps what was there.
     """
     # The stored names, and the patch embedding as a convolution's kernel again.
-    vision = config.vision
-    kernel = (-1, 3, vision.frames, vision.patch, vision.patch)
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name == "visual.patch_embed.weight":
-            tensor = tensor.view(kernel)
+        if name == KERNEL:
+            tensor = tensor.view(config.vision.kernel)
         stored[stored_name(name, config)] = tensor
     save_torch_state_dict(stored, folder, max_shard_size=SHARD_SIZE)
 

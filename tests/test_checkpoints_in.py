@@ -334,6 +334,8 @@ def test_a_count_is_a_whole_number(raw: dict, part: str, key: str) -> None:
                      ["full_attention"] * 3 + ["linear_attention"], {}]),
     ("torch_dtype", ["float8", "int8", "bfloat", 16, ["float32"], {}]),
     ("dtype", ["complex64", True]),
+    ("head_dim", [32, "16", 16.0, True, [16]]),  # of a head 16 wide
+    ("rope_scaling", ["", 0, False, [], 7]),
 ])
 @pytest.mark.parametrize("nested", [True, False])
 def test_other_values_of_the_decoder(raw: dict, key: str, values: list, nested: bool) -> None:
@@ -372,6 +374,12 @@ def test_other_values_of_the_decoder(raw: dict, key: str, values: list, nested: 
     (lambda raw: raw["vision_config"]["rope_parameters"].update(rope_theta=500.0), "rope_theta"),
     (lambda raw: raw["vision_config"].update(hidden_act=None), "vision_config.hidden_act"),
     (lambda raw: raw["vision_config"].update(num_heads=8), "num_heads is 8"),  # 6 wide each
+    (lambda raw: raw["vision_config"].update(in_channels=4), "in_channels is 4"),
+    (lambda raw: raw["vision_config"].update(in_chans=1), "in_chans is 1"),
+    (lambda raw: raw["text_config"]["rope_parameters"].update(mrope_interleaved=True),
+     "mrope_interleaved is True"),
+    (lambda raw: raw.update(nano_moca=None), "nano_moca is None"),
+    (lambda raw: raw.update(nano_moca=0), "nano_moca is 0"),
 ])
 def test_other_places(raw: dict, change: Callable, key: str) -> None:
     """Objects that are none, rotary positions of other kinds, the vision tower's switches."""
@@ -610,6 +618,66 @@ def test_extra_tensors(checkpoint: Path, moca: Moca, name: str) -> None:
     model.to_empty(device="cpu")
     weights.load_weights(model, checkpoint, allow_extra=True)
     assert equal_models(Moca(model, moca.processor), moca)
+
+
+KERNEL = "visual.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize("change", [
+    lambda kernel: kernel.permute(0, 2, 3, 4, 1), lambda kernel: kernel.transpose(1, 2),
+    lambda kernel: kernel.flatten(1), lambda kernel: kernel.flatten(),
+    lambda kernel: kernel[0, 0, 0, 0, 0], lambda kernel: kernel[None],
+], ids=["channels last", "frames first", "a matrix", "a vector", "a number", "six axes"])
+def test_a_kernel_of_other_axes(checkpoint: Path, change: Callable) -> None:
+    """The right number of values, in another order, would be other weights."""
+    def exchange(tensors: dict[str, Tensor]) -> None:
+        tensors[KERNEL] = change(tensors[KERNEL]).contiguous().clone()
+
+    rewrite(checkpoint, exchange)
+    message = refusal(checkpoint)
+    assert f"{KERNEL} is [" in message and "[48, 3, 2, 14, 14]" in message
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+@pytest.mark.parametrize("name", [INDEX, "processor_config.json"])
+def test_a_dangling_link_is_not_passed_over(checkpoint: Path, name: str, target: str) -> None:
+    """What a folder says to hold is read or refused, though there is an older file beside it."""
+    nano_moca.load(checkpoint, "cpu")
+    (checkpoint / name).symlink_to(name if target == "itself" else "blobs/0123")
+    assert name in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "preprocessor_config.json",
+                                  "processor_config.json", "tokenizer.json"])
+def test_files_without_end(checkpoint: Path, name: str) -> None:
+    """Terabytes, all of them zeros and none of them on the disk, are not read."""
+    (checkpoint / name).touch()
+    os.truncate(checkpoint / name, 2**40)
+    assert name in refusal(checkpoint) and "bytes" in refusal(checkpoint)
+
+
+def test_folders_of_any_name(checkpoint: Path, moca: Moca) -> None:
+    """What the system takes as a name: a line end, one of the longest."""
+    for name in ("line\nend", "a" * 255, "größe %s {}", "-x", "#y?z"):
+        folder = checkpoint.with_name(name)
+        checkpoint = checkpoint.rename(folder)
+        assert equal_models(nano_moca.load(folder, "cpu"), moca)
+    (checkpoint / "config.json").write_text("{")
+    assert "config.json" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "x/" * 3000, "a\0b", None, 7, b"abc", "\ud800"])
+def test_names_of_no_folder(name: object) -> None:
+    """Nothing, and what no system takes, is refused before anybody is asked for it."""
+    assert "is not a folder" in refusal(name)
+
+
+def test_long_names_are_shortened(checkpoint: Path) -> None:
+    """A tensor's name of a megabyte, or a key's, is no line that anybody wants to read."""
+    rewrite(checkpoint, lambda tensors: tensors.update({"x" * 10**6: torch.zeros(1)}))
+    assert "unexpected xxx" in refusal(checkpoint) and len(refusal(checkpoint)) < 6000
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps({"y" * 10**6: 1}))
+    assert "yyyyy" in refusal(checkpoint) and len(refusal(checkpoint)) < 6000
 
 
 def test_missing_is_an_error_always(checkpoint: Path, moca: Moca) -> None:

@@ -1,5 +1,6 @@
 """A model in use: what `load` takes and checks, and which items `embed` takes."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -47,6 +48,33 @@ def test_limits_that_are_refused(checkpoint: Path, limit: object) -> None:
         nano_moca.load(checkpoint, "cpu", max_tokens=limit)
     with pytest.raises(MocaError, match="checkpoint.*max_tokens"):
         nano_moca.load(trained_with(checkpoint, max_tokens=limit), "cpu")
+
+
+@pytest.mark.parametrize("said", [
+    {"attention": ["causal"]}, {"attention": ""}, {"attention": None}, {"pooling": False},
+    {"pooling": []}, {"pooling": {"mean": 1}}, {"max_tokens": 1e3}, {"max_tokens": False}])
+def test_what_config_json_says_is_looked_at(checkpoint: Path, said: dict) -> None:
+    """What a model was trained with, of any type."""
+    (key, _), = said.items()
+    with pytest.raises(MocaError, match=f"checkpoint.*{key} is "):
+        nano_moca.load(trained_with(checkpoint, **said), "cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "CPU ", "xyz:0", "cuda:99"])
+def test_devices_that_are_not_there(golden: Path, device: str) -> None:
+    with pytest.raises(MocaError, match=f"device {device}"):
+        nano_moca.load(golden / "qwen2.5-vl", device)
+
+
+@pytest.mark.parametrize("factor", [0, 1e37])
+def test_vectors_that_are_none(moca: Moca, factor: float) -> None:
+    """Finite weights may lead to infinity, or to nothing: the item is named."""
+    model = copy.deepcopy(moca.model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(factor if weight.dim() > 1 or not factor else 1)
+    with pytest.raises(MocaError, match="^item 0: its vector is zero or not finite"):
+        Moca(model, moca.processor).embed(["a text"])
 
 
 def test_a_processor_from_elsewhere(checkpoint: Path, moca: Moca, tmp_path: Path,
@@ -117,7 +145,9 @@ def test_items_of_every_kind(moca: Moca) -> None:
     {"text": MARK, "images": Image.new("RGB", (56, 56))}, {"text": MARK, "images": [b"no image"]},
     {"text": MARK, "images": [None]}, {"text": MARK, "images": [torch.zeros(3, 56, 56)]},
     {"text": MARK, "images": ["absent.png"]}, {"text": "a", "images": [b"one too many"]},
-    {"text": "half of a pair: \ud800"}])
+    {"text": "half of a pair: \ud800"}, {"text": "a", "image": Image.new("RGB", (56, 56))},
+    {"text": "a", "Images": []}, {"text": "a", 5: None}, Record(None, [], "item 1: a file"),
+    Record(MARK, "a.png", "item 1: a file")])
 def test_items_that_are_refused(moca: Moca, item: object) -> None:
     """One line each, with the item's number."""
     with pytest.raises(MocaError, match="^item 1: ") as caught:
@@ -125,8 +155,8 @@ def test_items_that_are_refused(moca: Moca, item: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("items", ["a", b"a", {"text": "a"}, Record("a"), None, 5, Path("a.png"),
-                                   Image.new("RGB", (56, 56))])
+@pytest.mark.parametrize("items", [list, "", "a", b"a", {"text": "a"}, Record("a"), None, 5,
+                                   Path("a.png"), Image.new("RGB", (56, 56))])
 def test_one_item_is_no_list(moca: Moca, items: object) -> None:
     with pytest.raises(MocaError, match="list of items"):
         moca.embed(items)

@@ -227,6 +227,10 @@ def test_arrays_and_tensors_are_taken(processor: Processor) -> None:
     (np.zeros((2, 56, 56, 3), np.uint8), ["(2, 56, 56, 3)"]),
     (np.zeros(5, np.float16), ["float16"]),
     (np.array(["a.png"]), ["(1,)"]),
+    (np.zeros(60, np.uint8), ["uint8", "(60,)"]),
+    (np.array(7, np.uint8), ["uint8", "()"]),
+    (np.broadcast_to(np.uint8(7), (100_000, 100_000, 3)), ["10000000000 pixels"]),
+    (torch.zeros(1, 1, 1).byte().expand(12_000, 9_000, 3), ["108000000 pixels"]),
     (torch.zeros(3, 56, 56), ["float32", "[3, 56, 56]"]),
     (torch.zeros(56, 56, 3, dtype=torch.bfloat16), ["bfloat16"]),
     (torch.zeros(56, 56, 3, dtype=torch.uint8, device="meta"), ["meta"]),
@@ -243,6 +247,39 @@ def test_other_arrays_are_refused(array: object, words: list[str]) -> None:
                                    bytearray(b"x"), object()])
 def test_other_objects_are_refused(image: object) -> None:
     assert type(image).__name__ in message(image)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_bytes_of_other_kinds(kind: type) -> None:
+    """They are bytes, and looked through for metadata like these."""
+    plain = saved(picture(), "PNG")
+    at = plain.rindex(b"IEND") - 4
+    turned = plain[:at] + chunk(b"eXIf", exif(6).tobytes()[6:]) + plain[at:]
+    assert open_image(kind(turned), "x").size == (40, 70)
+    np.testing.assert_array_equal(open_image(kind(turned), "x", decode=True), shown(turned))
+
+
+def test_pictures_that_were_opened_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program is not run, a bomb is not decoded, and a closed one is said to be."""
+    for start in ("subprocess.Popen", "subprocess.check_call", "os.system"):
+        monkeypatch.setattr(start, lambda *_, **__: pytest.fail("a program was started"))
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 56 56\n%%EndComments\nshowpage\n"
+    assert "EPS" in message(Image.open(io.BytesIO(program)))
+    with warnings.catch_warnings(action="ignore"):
+        bombs = Image.open(io.BytesIO(bomb(12_000, 12_000)))
+    assert "144000000 pixels" in message(bombs)
+    closed = Image.open(io.BytesIO(saved(picture(), "PNG")))
+    closed.close()
+    assert "PngImageFile" in message(closed)
+
+
+def test_names_and_files_without_end(tmp_path: Path) -> None:
+    """An image written into its own address, and a file of terabytes with a sound beginning."""
+    assert len(message("data:image/png;base64," + "A" * 10**6)) < 6000
+    path = tmp_path / "large.png"
+    path.write_bytes(saved(picture(), "PNG"))
+    os.truncate(path, 2**40)
+    assert "large.png" in message(path) and "bytes" in message(path)
 
 
 def test_paths_that_are_no_images(tmp_path: Path) -> None:

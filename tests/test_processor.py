@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,7 +222,9 @@ def test_defaults_are_the_reference_s(checkpoint: Path) -> None:
     ("min_pixels", 3136.5), ("min_pixels", float("nan")), ("min_pixels", 10**12),
     ("max_pixels", 10**30), ("max_pixels", 1e30), ("max_pixels", 28), ("max_pixels", [28224]),
     ("size", 448), ("size", [448, 448]), ("size", {"height": 448, "width": 448}),
-    ("size", {"shortest_edge": "56", "longest_edge": 28224}),
+    ("size", {"shortest_edge": "56", "longest_edge": 28224}), ("size", 0), ("size", []),
+    ("size", ""), ("size", False), ("size", {"size": {"longest_edge": 9}}),
+    ("size", {"crop_size": 9}), ("size", {"image_mean": [0.5] * 3}),
     ("interpolate", "area"), ("do_tile", True), ("temporal_merge", 2),
 ])
 def test_settings_that_are_refused(checkpoint: Path, key: str, value: object) -> None:
@@ -233,6 +236,15 @@ def test_settings_that_are_refused(checkpoint: Path, key: str, value: object) ->
     named = {"height", "width", "min_pixels"} if key == "size" else {key}
     assert key in said or any(name in said for name in named)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": [56]}, {"longest_edge": -1},
+                                  {"max_pixels": True}, {"min_pixels": 1e4}])
+def test_a_size_is_looked_at_always(checkpoint: Path, size: dict) -> None:
+    """Also if what stands beside it comes first."""
+    (key, _), = size.items()
+    with pytest.raises(MocaError, match=rf"preprocessor_config\.json: size\.{key} is "):
+        with_settings(checkpoint, HUB | {"size": size})
 
 
 def test_the_file_of_transformers_5(checkpoint: Path) -> None:
@@ -250,7 +262,10 @@ def test_the_file_of_transformers_5(checkpoint: Path) -> None:
     assert new.max_pixels == 28224
     with pytest.raises(MocaError, match="processor_config.json.*do_resize"):
         with_settings(checkpoint, {"image_processor": {"do_resize": 0}}, "processor_config.json")
-    for absent in (whole, {"image_processor": None}, {"image_processor": 5}):
+    for wrong in (5, [], "", False, "Qwen2VLImageProcessor"):
+        with pytest.raises(MocaError, match="/processor_config.json: image_processor is "):
+            with_settings(checkpoint, {"image_processor": wrong}, "processor_config.json")
+    for absent in (whole, {"image_processor": None}):
         with pytest.raises(MocaError, match="preprocessor_config.json"):
             with_settings(checkpoint, absent, "processor_config.json")
 
@@ -544,6 +559,42 @@ def test_ids_that_config_json_says(checkpoint: Path, key: str) -> None:
     for wrong in (5, -1, "x"):
         with pytest.raises(MocaError, match=rf"tokenizer\.json: .*{wrong}"):
             Processor.load(checkpoint, replace(config, raw={**config.raw, key: wrong}))
+
+
+@pytest.mark.parametrize("change", [
+    lambda raw: raw.update(normalizer={"type": "Replace", "pattern": {"Regex": "[a-z ]+"},
+                                       "content": ""}),
+    lambda raw: raw.update(model={"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "?"}),
+    lambda raw: raw["model"].update(vocab={}, merges=[]),
+    lambda raw: [raw["model"].update(vocab={}, merges=[]), raw.update(added_tokens=[])],
+], ids=["all is removed", "no word is known", "special tokens only", "nothing"])
+def test_tokenizers_that_give_no_tokens(checkpoint: Path, change: Callable) -> None:
+    """A text without tokens has no vector: whether it shows at once or only then."""
+    config, path = load_config(checkpoint), checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(MocaError, match=r"tokenizer"):
+        Processor.load(checkpoint, config).encode(Record("words only", [], "line 3"))
+
+
+def test_a_mark_that_is_no_token(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many image tokens as images, whatever a tokenizer makes of the text."""
+    monkeypatch.setattr(processor, "image_token", 5)
+    for images in (1, 2):
+        record = Record(MARK * images + " words", [picture(60, 60)] * images, "line 4")
+        assert "tokenizer.json" in refusal(processor, record)
+
+
+def test_dropout_is_off(checkpoint: Path, processor: Processor) -> None:
+    """A tokenizer may have been saved in the midst of its training: tokens are no dice."""
+    path = checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(content), encoding="utf-8")
+    again = Processor.load(checkpoint, load_config(checkpoint))
+    record = Record("the quick brown fox and the lazy dog")
+    np.testing.assert_array_equal(again.encode(record).tokens, processor.encode(record).tokens)
 
 
 def test_a_mask_token_of_the_vocabulary(checkpoint: Path) -> None:

@@ -65,7 +65,8 @@ class Section:
         """MocaError unless the value fits. (reprlib shortens what is long or deep.)"""
         if not fits:
             value = reprlib.repr(self.values[key]) if key in self.values else "left out"
-            raise MocaError(f"{self.place}{key} is {value}, not {wanted}: use another checkpoint")
+            raise MocaError(f"{self.place}{key} is {value}, not {wanted}: correct it, or use "
+                            "another checkpoint")
 
     def part(self, key: str) -> "Section":
         """An object inside this one; empty if it is left out or null."""
@@ -89,12 +90,19 @@ class Section:
         self.check(fits, key, f"a {whole}number from {least} to {most}")
         return kind(value)
 
-    def numbers(self, key: str, default: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """A list of whole numbers from 0 to `most`. The default is not looked at."""
+    def sizes(self, table: dict[str, tuple]) -> dict[str, Any]:
+        """All numbers of a table, by our names."""
+        return {ours: self.number(*theirs) for ours, theirs in table.items()}
+
+    def numbers(self, key: str, default: tuple, least: float, most: float) -> tuple:
+        """A list of numbers from `least` to `most`, whole if `most` is. The default is not
+        looked at."""
         value = self.values.get(key, default)
+        kind = type(most)
         fits = isinstance(value, list) and all(
-            type(number) is int and 0 <= number <= most for number in value)
-        self.check(fits or value is default, key, f"a list of whole numbers from 0 to {most}")
+            type(number) in (int, kind) and least <= number <= most for number in value)
+        wanted = f"a list of {kind.__name__}s from {least} to {most}"
+        self.check(fits or value is default, key, wanted)
         return tuple(value)
 
 
@@ -108,66 +116,93 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     top = Section({"model_type": None} | raw, f"{source}: ")
     family = top.choice("model_type", *ACTIVATIONS)
     text = top if raw.get("text_config") is None else top.part("text_config")
-    sizes = {ours: text.number(*theirs) for ours, theirs in DECODER_NUMBERS.items()}
-    vision = parse_vision(top.part("vision_config"), family, sizes["width"])
+    sizes = text.sizes(DECODER_NUMBERS)
 
-    # The key heads may be null: as many as query heads. Newer files keep rope_theta
-    # among the rotary parameters, older ones beside them.
-    heads, kv_heads = sizes["heads"], text.values.get("num_key_value_heads", 8)
-    rope = text.part("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
-    turning = rope if "rope_theta" in rope.values else text
-
-    # Heads share the width. One frequency turns two values of a head, with one axis of
-    # the position; other ways to turn are not implemented here.
-    rope.choice("rope_type", "default", "mrope")
-    rope.choice("type", "default", "mrope")
-    head_width, over = divmod(sizes["width"], heads)
-    text.check(not over, "num_attention_heads", f"a divisor of {sizes['width']}")
-    sections = rope.numbers("mrope_section", (16, 24, 24), 10**5)
-    fits = len(sections) == 3 and sum(sections) * 2 == head_width
-    rope.check(fits, "mrope_section", f"three numbers, half of {head_width} together")
-    frames, rows, columns = sections
-
-    # Some files of transformers 4 say tied in text_config only, and untied at the top.
-    tied = top.choice("tie_word_embeddings", False, True)
-    tied |= text.choice("tie_word_embeddings", False, True)
-    config = Config(
-        family=family, stored_vocabulary=sizes["vocabulary"], vision=vision, raw=raw,
-        kv_heads=heads if kv_heads is None else text.number("num_key_value_heads", 8, 1, 10**4),
-        head_width=head_width, rope_theta=turning.number("rope_theta", 1e6, 1.0, 1e12),
-        rope_axes=(0,) * frames + (1,) * rows + (2,) * columns, tied=tied, **sizes)
+    # Heads share the width.
+    heads, width = sizes["heads"], sizes["width"]
+    sizes["head_width"], over = divmod(width, heads)
+    text.check(not over, "num_attention_heads", f"a divisor of {width}")
+    text.choice("head_dim", None, sizes["head_width"])
 
     # Switches of other Qwen models, in positions that are not implemented here.
     text.choice("use_sliding_window", False, None)
-    text.choice("hidden_act", "silu")
-    text.choice("layer_types", None, ["full_attention"] * config.layers)
+    text.choice("layer_types", None, ["full_attention"] * sizes["layers"])
+    fields, (frames, rows, columns) = parse_decoder(
+        top, text, sizes, kv_heads=8, theta=1e6, sections=(16, 24, 24), interleaved=False)
 
-    # The dtype has an older and a newer key. "nano_moca" is ours, see save_weights.
+    # Of the vision tower, Qwen2-VL's file has a ratio in place of a width.
+    numbers = VISION_NUMBERS | FAMILY_NUMBERS[family]
+    tower = top.part("vision_config")
+    tower_fields = parse_tower(tower, numbers, ACTIVATIONS[family], width)
+    if family == "qwen2_vl":
+        tower_fields["mlp_width"] *= tower_fields["width"]
+    vision = VisionConfig(**tower_fields, full_blocks=tower.numbers(
+        "fullatt_block_indexes", (7, 15, 23, 31), 0, tower_fields["depth"] - 1))
+
+    # A window is cut into groups, and has none in Qwen2-VL.
+    side = vision.patch * vision.merge
+    tower.check(vision.window % side == 0, "window_size", f"a multiple of {side}")
+    axes = (0,) * frames + (1,) * rows + (2,) * columns
+    return Config(family=family, vision=vision, raw=raw, rope_axes=axes, **fields)
+
+
+def parse_decoder(top: Section, text: Section, sizes: dict, kv_heads: int, theta: float,
+                  sections: tuple[int, ...], interleaved: bool) -> tuple[dict, tuple[int, ...]]:
+    """What the decoders of all families say alike: fields of `Config`, and how many of a
+    head's frequencies each axis of the position has.
+
+    top, text: the file, and its decoder's part. sizes: the decoder's numbers. kv_heads,
+    theta, sections: where the file has none.
+    """
+    # Query heads share the key heads. These may be null: as many as query heads.
+    heads, key = sizes["heads"], "num_key_value_heads"
+    null = text.values.get(key, kv_heads) is None
+    kv_heads = heads if null else text.number(key, kv_heads, 1, 10**4)
+    text.check(heads % kv_heads == 0, key, f"a divisor of {heads}")
+    text.choice("hidden_act", "silu")
+
+    # The dtype has an older and a newer key. Some files of transformers 4 say tied in
+    # text_config only, and untied at the top. "nano_moca" is ours, see save_weights.
+    tied = False
     for section in (top, text):
         section.choice("torch_dtype", *DTYPES)
         section.choice("dtype", *DTYPES)
-    top.part("nano_moca")
+        tied |= section.choice("tie_word_embeddings", False, True)
+    top.check(isinstance(top.values.get("nano_moca", {}), dict), "nano_moca", "an object")
 
-    # Query heads share the key heads.
-    text.check(heads % config.kv_heads == 0, "num_key_value_heads", f"a divisor of {heads}")
-    return config
+    # One frequency turns two values of a head; other ways to turn are not implemented.
+    older = text.part("rope_scaling")
+    rope = older if older.values else text.part("rope_parameters")
+    rope.choice("rope_type", "default", "mrope")
+    rope.choice("type", "default", "mrope")
+    rope.choice("mrope_interleaved", interleaved)
+    sections = rope.numbers("mrope_section", sections, 0, 10**5)
+    head_width = sizes["head_width"]
+    fits = len(sections) == 3 and sum(sections) * 2 == head_width
+    rope.check(fits, "mrope_section", f"three numbers, half of {head_width} together")
+
+    # Newer files keep rope_theta among these, older ones beside them.
+    turning = rope if "rope_theta" in rope.values else text
+    return sizes | dict(
+        stored_vocabulary=sizes["vocabulary"], kv_heads=kv_heads, tied=tied,
+        rope_theta=turning.number("rope_theta", theta, 1.0, 1e12)), sections
 
 
-def parse_vision(tower: Section, family: str, width: int) -> VisionConfig:
-    """The vision tower's part. width: the decoder's. Errors as in `parse_config`."""
-    numbers = VISION_NUMBERS | FAMILY_NUMBERS[family]
-    sizes = {ours: tower.number(*theirs) for ours, theirs in numbers.items()}
-    if family == "qwen2_vl":
-        sizes["mlp_width"] *= sizes["width"]  # a ratio in the file
-    full_blocks = tower.numbers("fullatt_block_indexes", (7, 15, 23, 31), sizes["depth"] - 1)
-    act = tower.choice("hidden_act", ACTIVATIONS[family])
-    vision = VisionConfig(act=act, full_blocks=full_blocks, **sizes)
+def parse_tower(tower: Section, numbers: dict, act: str, width: int) -> dict:
+    """What the vision towers say alike, as fields of `VisionConfig`.
+
+    numbers: the table of its numbers. act: its activation. width: the decoder's.
+    """
+    sizes = tower.sizes(numbers)
+    tower.choice("hidden_act", act)
+    tower.choice("in_channels", 3)
+    tower.choice("in_chans", 3)
+    tower.part("rope_parameters").choice("rope_theta", 10000.0, 10000)
 
     # Image tokens stand among text tokens. A quarter of a head turns with the row, and
-    # one with the column. A window is cut into groups, and has none in Qwen2-VL.
-    tower.check(vision.out_width == width, numbers["out_width"][0], f"the decoder's width {width}")
-    quarters, group_side = vision.width // 4, vision.patch * vision.merge
-    tower.check(vision.width % (4 * vision.heads) == 0, "num_heads", f"a divisor of {quarters}")
-    tower.check(vision.window % group_side == 0, "window_size", f"a multiple of {group_side}")
-    tower.part("rope_parameters").choice("rope_theta", 10000.0, 10000)
-    return vision
+    # one with the column.
+    fits, key = sizes["out_width"] == width, numbers["out_width"][0]
+    tower.check(fits, key, f"the decoder's width {width}")
+    fits = sizes["width"] % (4 * sizes["heads"]) == 0
+    tower.check(fits, "num_heads", f"a divisor of {sizes['width'] // 4}")
+    return sizes | {"act": act}

@@ -21,6 +21,8 @@ from nano_moca.files import MocaError, reason, regular_file
 # which words a PNG may say, behind its pixels, how it is turned.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 PNG_METADATA = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+MAX_PIXELS = 89_478_485  # beyond it Pillow warns of a decompression bomb
+MAX_BYTES = 10**9  # of a file: no such picture has as many
 
 
 def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Image:
@@ -34,9 +36,7 @@ def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Ima
     name = image if isinstance(image, (str, Path)) else f"given as {kind.strip()}"
     try:
         with warnings.catch_warnings():
-            # Pillow refuses a decompression bomb; of half of one, 89 million pixels, it warns.
             warnings.filterwarnings("ignore", module="PIL")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = read_image(image)
             if not decode:
                 blank = Image.new("1", picture.size)
@@ -70,22 +70,28 @@ def open_image(image: ImageLike, source: str, decode: bool = False) -> Image.Ima
 def read_image(image: ImageLike) -> Image.Image:
     """A PIL image; of a file, only its header is decoded. No file stays open: a process
     may hold only so many. Errors of many kinds."""
-    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = Image.fromarray(np.asarray(image))
     if isinstance(image, (str, Path)):
-        image = regular_file(Path(image)).read_bytes()
+        image = regular_file(Path(image), MAX_BYTES).read_bytes()
 
-    content = image
-    if not isinstance(image, Image.Image):
+    # The metadata of a PNG may stand behind its pixels, found only by decoding them. A
+    # picture that was handed over is decoded at once: it stays where it is anyway.
+    is_array = isinstance(image, (np.ndarray, torch.Tensor))
+    later = isinstance(image, Image.Image)
+    if not is_array and not later:
+        content = bytes(memoryview(image))
+        later = any(name in content for name in PNG_METADATA)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
 
-    # A PNG's metadata may stand behind its pixels, found only by decoding them. A picture
-    # that was handed over is decoded at once: it stays where it is anyway.
-    if "exif" not in image.info and (image is content or any(m in content for m in PNG_METADATA)):
-        image.load()
+    # Pillow takes no array but [height, width] or [height, width, colours] of bytes.
+    height, width = image.shape[:2] if is_array else image.size
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"it has {height * width} pixels, of at most {MAX_PIXELS}")
+    image = Image.fromarray(np.asarray(image)) if is_array else image
 
-    # Converting 16 or 32 bits would clip them: all white, or all black.
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+    # Converting 16 or 32 bits would clip them: all white, or all black. A picture that
+    # was opened elsewhere may be a program.
+    if image.mode.startswith(("I", "F")) or image.format == "EPS":
+        raise ValueError(f"its format is {image.format}, its mode {image.mode}, not 8 bits each")
+    if later and "exif" not in image.info:
+        image.load()
     return image

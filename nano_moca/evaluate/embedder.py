@@ -10,7 +10,7 @@ size; since packing changes nothing, nobody has to know which items ran together
 Left out: an index to search in, and several GPUs (an evaluation keeps its vectors).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from nano_moca.attention import Segments
 from nano_moca.batch import Batch, EncodedRecord, Record
+from nano_moca.convert.configs import Section
 from nano_moca.data import make_record
 from nano_moca.families import load_config
-from nano_moca.files import MocaError
+from nano_moca.files import MocaError, reason
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
 from nano_moca.weights import (
@@ -68,7 +69,14 @@ class Moca:
             batch = self.processor.pack(part).to(self.model.head.device)
             embedded = self.model.embed(batch, self.attention == "causal", self.pooling)
             vectors.append(embedded.cpu())
-        return torch.cat(vectors)  # [N, D]
+
+        # Weights that are finite may still lead to infinity, or to nothing.
+        table = torch.cat(vectors)  # [N, D]
+        for record, length in zip(records, table.norm(dim=-1), strict=True):
+            if not 0.9 < length < 1.1:
+                raise MocaError(f"{record.source}: its vector is zero or not finite: try dtype "
+                                "float32, or another checkpoint")
+        return table
 
     def caption(self, items: Sequence[str | dict | Record], steps: int = 32) -> list[str]:
         """What a causal model says next, greedily, up to its end token or `steps`
@@ -91,17 +99,21 @@ def as_records(items: Sequence[str | dict | Record]) -> list[Record]:
     list of letters), or an item is no record; its source is "item" and its number, unless
     it is a record with a source of its own.
     """
-    if isinstance(items, (str, bytes, dict, Record)) or not hasattr(items, "__iter__"):
+    if isinstance(items, (str, bytes, dict, Record)) or not isinstance(items, Iterable):
         raise MocaError("one item alone: give a list of items, [item]")
     records = []
     for number, item in enumerate(items):
-        if isinstance(item, str):
-            item = {"text": item}
-        if isinstance(item, Record) and item.source == Record.source:
-            item = vars(item)
-        if not isinstance(item, Record):
-            item = make_record(item, None, f"item {number}")
-        records.append(item)
+        source = f"item {number}"
+        if isinstance(item, Record):
+            source = source if item.source == Record.source else item.source
+            item = {"text": item.text, "images": item.images}
+        item = {"text": item} if isinstance(item, str) else item
+
+        # Were "image" passed over, its text would be embedded alone.
+        if isinstance(item, dict) and item.keys() - {"text", "images"}:
+            raise MocaError(f'{source}: its keys are {", ".join(map(str, item))}: '
+                            'give "text" and "images" only')
+        records.append(make_record(item, None, source))
     return records
 
 
@@ -151,22 +163,22 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     need. MocaError says what is wrong with the files.
     """
     folder = find_checkpoint(path_or_hub_id)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MocaError(f"no CUDA device is visible for {device}: use cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise MocaError(f"device {device} cannot be used ({reason(error)}): use cpu") from None
 
     # What the caller asks for, else what the model was trained with, else the usual.
     config = load_config(folder)
-    trained_with = config.raw.get("nano_moca", {})
-    attention = attention or trained_with.get("attention", "bidirectional")
-    usual = "last" if attention == "causal" else "mean"
-    pooling = pooling or trained_with.get("pooling") or usual
-    if attention not in ("bidirectional", "causal") or pooling not in POOLINGS:
-        raise MocaError(f"{folder}: attention is {attention!r} and pooling {pooling!r}: "
-                        "use bidirectional or causal, mean or last")
-    max_tokens = trained_with.get("max_tokens") if max_tokens is None else max_tokens
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise MocaError(f"{folder}: max_tokens is {max_tokens!r}: give a whole number above 0")
+    asked = {"attention": attention, "pooling": pooling, "max_tokens": max_tokens}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    said = Section(config.raw.get("nano_moca", {}) | asked, f"{folder}: ")
+    attention = said.choice("attention", "bidirectional", "causal")
+    usual = POOLINGS if attention == "bidirectional" else POOLINGS[::-1]
+    pooling = said.choice("pooling", *usual)
+    if said.values.get("max_tokens") is not None:
+        max_tokens = said.number("max_tokens", 1, 1, 10**9)
 
     # Of another checkpoint no weights are needed.
     files = find_checkpoint(processor, "*.json") if processor else folder
