@@ -133,7 +133,7 @@ def main_guard(main: Callable[[], object]) -> None:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
-        message = f"rank {os.environ['RANK']} stops, for another has ended or cannot be reached"
+        message = f"rank {os.environ['RANK']} stops, as another rank has ended or cannot be reached"
 
     # At once, without cleaning up: other ranks may be waiting for us in a collective.
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)

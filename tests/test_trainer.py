@@ -17,12 +17,12 @@ from torch import nn
 
 from nano_moca import Moca, MocaError
 from nano_moca.batches import prefetch
-from nano_moca.checkpoint import load_checkpoint, save_checkpoint, save_model
+from nano_moca.checkpoint import digest, load_checkpoint, save_checkpoint, save_model
 from nano_moca.distributed import World, init_distributed
 from nano_moca.files import find_folder, fresh_folder, replace_folder
 from nano_moca.flags import CommonFlags, flag, parse_flags
 from nano_moca.report.curves import plot_losses
-from nano_moca.plan import check_same_flags
+from nano_moca.plan import check_same_run
 from nano_moca.trainer import Log, update, warmup_then_linear
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -119,10 +119,13 @@ def test_flags_of_an_older_checkpoint() -> None:
     that changes the result is named when it differs."""
     older = asdict(CommonFlags())
     del older["no_report"]
-    check_same_flags(CommonFlags(no_report=True, steps=7, output="elsewhere"), older)
-    check_same_flags(CommonFlags(), older)
+    data = {"records": 9, "fingerprint": "a"}
+    state = {"step": 1, "flags": older, "data": data, "log": [{}], "skipped": ""}
+    check_same_run(CommonFlags(no_report=True, steps=7, output="elsewhere"),
+                   state | {"digest": digest(state)}, data)
+    check_same_run(CommonFlags(), state | {"digest": digest(state)}, data)
     with pytest.raises(MocaError, match="--learning-rate was 0.002"):
-        check_same_flags(CommonFlags(learning_rate=1.0), older)
+        check_same_run(CommonFlags(learning_rate=1.0), state | {"digest": digest(state)}, data)
 
 
 # --- log ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, trainers
@@ -128,7 +129,7 @@ def make_base(words: Sequence[str]) -> None:
     for ending in (".new", ".old"):
         check_ours(beside(BASE, ending), beside(BASE, ending).is_dir())
     with writing(BASE):
-        fresh_folder(BASE)
+        TemporaryFile(dir=BASE.parent).close()
     start = Path(shutil.copytree(BASE, "runs/base/start", dirs_exist_ok=True))
     make_tokenizer().save(str(start / "tokenizer.json"))
     model = train_base(start, words)
