@@ -34,7 +34,8 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
                     optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write what `load_checkpoint` restores, each rank its own part.
 
-    state: numbers and texts in lists and dictionaries; every rank gives the same.
+    state: numbers and texts in lists and dictionaries; every rank gives the same. With
+    it a "digest" is saved, by which plan.py knows one that was changed.
     """
     # exp_avg and exp_avg_sq have a parameter's shape; its step count is a scalar.
     parameters = []
@@ -43,8 +44,8 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
         parameters.append(local_part(parameter.detach()))
         entries = optimizer.state[parameter].items()
         moments.append({key: local_part(value) for key, value in entries})
-    content = {"parameters": parameters, "moments": moments, "state": state,
-               "rank": world.rank, "moment count": sum(map(len, moments))}
+    content = {"rank": world.rank, "parameters": parameters, "moments": moments,
+               "moment count": sum(map(len, moments)), "state": state | {"digest": digest(state)}}
 
     # The main rank makes the new folder, all write into it, the main rank renames it.
     if world.main:

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from nano_moca.checkpoint import digest, load_checkpoint, save_checkpoint
+from nano_moca.checkpoint import load_checkpoint, save_checkpoint
 from nano_moca.config import Config, grow_vocabulary
 from nano_moca.distributed import World
 from nano_moca.families import load_config
@@ -239,7 +239,6 @@ def save_progress(step: int, flags: CommonFlags, world: World, model: nn.Module,
     skipped = first_lines(output / "skipped.jsonl.part", data_state["skipped"])
     state = {"step": step, "data": data_state, "flags": asdict(flags),
              "log": log.lines, "skipped": skipped}
-    state["digest"] = digest(state)
     save_checkpoint(output / "checkpoint", world, model, optimizer, state)
     if world.main:
         log.publish()

@@ -231,7 +231,8 @@ def test_checkpoint_is_exact(tmp_path: Path) -> None:
     state = {"step": 3, "data": {"epoch": 1, "next": 2}, "flags": {"rate": 1e-3, "place": None}}
     save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, state)
     other, other_optimizer = toy(1)
-    assert load_checkpoint(tmp_path / "checkpoint", ALONE, other, other_optimizer) == state
+    restored = load_checkpoint(tmp_path / "checkpoint", ALONE, other, other_optimizer)
+    assert restored.pop("digest") and restored == state
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert mine.equal(theirs)
         moments, loaded = optimizer.state[mine], other_optimizer.state[theirs]
@@ -362,9 +363,9 @@ def test_crash_between_the_renames(tmp_path: Path) -> None:
     folder.rename(tmp_path / "checkpoint.old")
     (tmp_path / "checkpoint.new").mkdir()
     (tmp_path / "checkpoint.new" / "rank-00000.pt").write_bytes(b"half")
-    assert load_checkpoint(folder, ALONE, model, optimizer) == {"step": 1}
+    assert load_checkpoint(folder, ALONE, model, optimizer)["step"] == 1
     save_checkpoint(folder, ALONE, model, optimizer, {"step": 2})
-    assert load_checkpoint(folder, ALONE, model, optimizer) == {"step": 2}
+    assert load_checkpoint(folder, ALONE, model, optimizer)["step"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -377,7 +378,7 @@ def test_disk_full_at_a_checkpoint(tmp_path: Path, full_disk) -> None:
     save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {"step": 1})
     with full_disk(100_000), pytest.raises((OSError, MocaError)):
         save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {"step": 2})
-    assert load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer) == {"step": 1}
+    assert load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer)["step"] == 1
 
 
 @pytest.mark.parametrize("before", [True, False])
