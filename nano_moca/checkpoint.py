@@ -12,6 +12,7 @@ crash it is written again from the checkpoint, so the two always fit.
 Left out: resuming with another number of ranks, and keeping more than one checkpoint.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
                     optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write what `load_checkpoint` restores, each rank its own part.
 
-    state: numbers and texts in lists and dictionaries; every rank gives the same.
+    state: numbers and texts in lists and dictionaries; every rank gives the same. With
+    it a "digest" is saved, by which plan.py knows one that was changed.
     """
     # exp_avg and exp_avg_sq have a parameter's shape; its step count is a scalar.
     parameters = []
@@ -42,8 +44,8 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
         parameters.append(local_part(parameter.detach()))
         entries = optimizer.state[parameter].items()
         moments.append({key: local_part(value) for key, value in entries})
-    content = {"parameters": parameters, "moments": moments, "state": state,
-               "moment count": sum(map(len, moments))}
+    content = {"rank": world.rank, "parameters": parameters, "moments": moments,
+               "moment count": sum(map(len, moments)), "state": state | {"digest": digest(state)}}
 
     # The main rank makes the new folder, all write into it, the main rank renames it.
     if world.main:
@@ -56,6 +58,11 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
     if world.main:
         replace_folder(folder)
     world.wait()
+
+
+def digest(state: dict) -> str:
+    """By which a changed state is known from one that was saved."""
+    return hashlib.sha256(ascii(state).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -75,26 +82,29 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
     if len(list(folder.glob("rank-*.pt"))) != world.size:
         raise MocaError(f"{folder} is not of {world.size} ranks: resume with as many as before")
 
-    # torch.load and pickle raise many kinds of errors; a damaged file has no shapes.
+    # Everything is compared before anything is copied. torch.load and pickle raise many
+    # kinds of errors, and so does what is no tensor.
     file = folder / f"rank-{world.rank:05d}.pt"
+    parameters = list(model.parameters())
     try:
         saved = torch.load(regular_file(file), map_location="cpu", weights_only=True)
         state = dict(saved["state"])
-        shapes = [tensor.shape for tensor in saved["parameters"]]
+        count = sum(map(len, saved["moments"]))
+        whole = saved["rank"] == world.rank and saved["moment count"] == count > 0
 
-        # A weight that never had a gradient has no moments. (Before they were counted,
-        # one too few went unnoticed.)
-        whole = saved.get("moment count") in (None, sum(map(len, saved["moments"])))
-        for shape, entries in zip(shapes, saved["moments"], strict=True):
-            found = {key: value.shape for key, value in entries.items()}
+        # A weight that never had a gradient has no moments.
+        parts = zip(parameters, saved["parameters"], saved["moments"], strict=True)
+        for parameter, weight, entries in parts:
+            shape = local_part(parameter).shape
             usual = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-            whole = whole and found in ({}, usual)
+            whole = whole and entries.keys() in (set(), usual.keys())
+            for key, value in {"weight": weight, **entries}.items():
+                possible = value.isfinite() & ((value >= 0) | (key in ("weight", "exp_avg")))
+                whole = whole and value.shape == usual.get(key, shape)
+                whole = whole and value.dtype == torch.float32 and bool(possible.all())
     except Exception:
         whole = False
-
-    # Every shape is compared before anything is copied.
-    parameters = list(model.parameters())
-    if not whole or shapes != [local_part(parameter).shape for parameter in parameters]:
+    if not whole:
         raise MocaError(f"{file} is damaged, lacks a part or is of another model: start anew "
                         "without --resume")
 

@@ -81,10 +81,8 @@ def init_distributed(device: str | None, dtype: str | None) -> World:
 
     # bfloat16 products over float32 weights are FSDP2's work too: a group even if alone.
     if world.sharded and not dist.is_initialized():
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        alone = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     return world
 
 

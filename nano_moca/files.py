@@ -14,11 +14,16 @@ A rename happens completely or not at all. So whenever the process dies, a compl
 folder is left as `folder` or as `folder.old`, and `find_folder` finds it. A file in it,
 `.nano_moca`, says what we put there: plan.py keeps a run from replacing anything else.
 
+A single file is written as `.nano_moca.` and some random letters, which two programs that
+write it at once do not share, and renamed. A kill may leave that, and no data folder takes
+it for data; the next run in the folder removes it.
+
 Left out: locks (plan.py has one).
 """
 
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -79,8 +84,7 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """A JSON file that a person can read. An existing one stays until this one is
     complete."""
-    with replacing(path) as fresh:
-        fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    put_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
@@ -102,7 +106,7 @@ def replacing(path: Path) -> Iterator[Path]:
     and on the disk; until then, and whatever fails, what had the name stays."""
     # A link stays one: the file that it points to is replaced.
     target = Path(os.path.realpath(path))
-    fresh = target.with_name(target.name + ".new")
+    fresh = target.with_name(f"{MARKER}.{secrets.token_hex(8)}")
     try:
         with writing(path):
             yield fresh
@@ -116,7 +120,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def flush(file: Path) -> None:
     """Return when the content of a file is on the disk: a rename may get there before
     it."""
-    with writing(file), open(file, "rb") as handle:
+    with open(file, "rb") as handle:
         os.fsync(handle.fileno())
 
 
@@ -173,12 +177,11 @@ def replace_folder(folder: Path) -> None:
     old or the new one complete, for `find_folder` to find."""
     fresh = beside(folder, ".new")
     old = beside(folder, ".old")
-    names = [file.name for file in fresh.iterdir()]
-    put_text(fresh / MARKER, "\n".join(names))
+    put_text(fresh / MARKER, "\n".join(file.name for file in fresh.iterdir()))
 
     # A rename may reach the disk before the content does: flush the content first.
-    for file in fresh.rglob("*"):
-        if file.is_file():
+    for file in filter(Path.is_file, fresh.rglob("*")):
+        with writing(file):
             flush(file)
 
     # After an earlier crash .old may be the only complete one: put it back first.

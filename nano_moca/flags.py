@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print the line and end with exit code 2."""
-        self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
+        self.exit(2, f"error: {one_line(message)[:400]} (--help lists the flags)\n")
 
 
 @dataclass
@@ -49,8 +49,7 @@ class CommonFlags:
     model: str = flag(str(BASE), "checkpoint to start from: a folder or a hub id")
     data: str = flag("builtin", ".jsonl, .parquet or .arrow file, a folder, or several: a,b")
     cap: int = flag(None, "rows of each file or folder in --data, or task, at most", low=1)
-    processor: str = flag(None, "checkpoint whose tokenizer and image processor to take "
-                          "(default: --model's)")
+    processor: str = flag(None, "whose tokenizer and image settings to take (default: --model's)")
     allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
     steps: int = flag(1000, "optimiser steps", low=1)
@@ -112,6 +111,11 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
 
 def main_guard(main: Callable[[], object]) -> None:
     """Run a script's main; an error that the user can fix is one line and exit code 1."""
+    # Either may be closed. A character that a terminal lacks is escaped.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")
+
     try:
         main()
         if dist.is_initialized():
@@ -121,8 +125,7 @@ def main_guard(main: Callable[[], object]) -> None:
         message = str(error)
     except OSError as error:
         # A full disk, a folder without permission.
-        place = error.filename or "writing"
-        message = f"{place}: {error.strerror or error}: fix it and run again"
+        message = f"{error.filename or 'writing'}: {error.strerror or error}: mend it, run again"
     except KeyboardInterrupt:
         message = "interrupted"
     except RuntimeError as error:
@@ -130,8 +133,7 @@ def main_guard(main: Callable[[], object]) -> None:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
-        rank = os.environ.get("RANK")
-        message = f"rank {rank} stops, for another rank has ended or cannot be reached"
+        message = f"rank {os.environ['RANK']} stops, as another rank has ended or cannot be reached"
 
     # At once, without cleaning up: other ranks may be waiting for us in a collective.
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)

@@ -12,13 +12,17 @@ Left out: a disk that gets full. files.py keeps what stood there when it does.
 """
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+from fnmatch import fnmatchcase
+from io import TextIOBase
 from itertools import product
 from pathlib import Path
 from typing import TextIO
 
-from nano_moca.checkpoint import REPORT
+from nano_moca.checkpoint import REPORT, digest
+from nano_moca.convert.sources import split_sources
 from nano_moca.data import load_tasks
 from nano_moca.files import MARKER, MocaError, beside, first_lines, writing
 from nano_moca.flags import CommonFlags
@@ -49,11 +53,31 @@ def claim_output(flags: CommonFlags) -> Iterator[None]:
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         marker = open(output / MARKER, "a")
-    with marker:
+    with marker, redirect_stdout(Unheard(sys.stdout)):
         # The main rank's lock is that of all.
         if os.environ.get("RANK", "0") == "0":
             lock(marker, output)
+            for left in output.glob(f"{MARKER}.*"):  # by a kill
+                left.unlink()
         yield
+
+
+class Unheard(TextIOBase):
+    """Standard output to which nobody has to listen: if it cannot be written, as after
+    `| head -1`, that costs a run nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Print it, as far as that can be done."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            # What was not printed would be tried again at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
 
 def check_inputs(flags: CommonFlags) -> None:
@@ -63,33 +87,46 @@ def check_inputs(flags: CommonFlags) -> None:
     replaced = {beside(output / name, ending) for name, ending in product(WRITTEN, ENDINGS)}
 
     for name in ("model", "processor", "data", "held_out"):
-        # Several, separated by commas, unless a file has this very name.
-        value = getattr(flags, name, None) or ""
-        for part in [value] if os.path.exists(value) else value.split(","):
-            # The weights of a checkpoint may be links to anywhere.
-            place = Path(part)
-            for file in (place, *place.glob("*.safetensors")):
+        flag, value = f"--{name.replace('_', '-')}", getattr(flags, name, None)
+        for place in map(Path, split_sources(value, flag) if value else ()):
+            # What lies in a checkpoint or a folder of data may be a link to anywhere.
+            for file in (place, *filter(Path.is_symlink, place.glob("*"))):
                 file = beside(file, "")
                 mixed = file == output and name in ("model", "processor")
                 if mixed or replaced & {file, *file.parents}:
                     raise MocaError(f"--output {flags.output} would write over {file}, which "
-                                    f"--{name.replace('_', '-')} reads: choose another --output")
+                                    f"{flag} reads: choose another --output")
 
 
 def check_output(output: Path) -> None:
     """MocaError if the run would replace what no run wrote, or what may not be written."""
+    if first_lines(output / MARKER):
+        raise MocaError(f"--output {output} is itself what a run or a conversion wrote (see its "
+                        f"{MARKER}): choose another --output")
+
+    # A file is a run's in a folder of one, a folder if its own marker says so.
     marked = (output / MARKER).exists()
     for name, ending in product(WRITTEN, ENDINGS):
         path = beside(output / name, ending)
+        check_ours(path, path.is_dir() if name in FOLDERS else marked and path.is_file())
 
-        # A file is a run's in a folder of one, a folder if its own marker says so.
-        ours = (*STRAY, *first_lines(path / MARKER).splitlines())
-        strange = [file for file in path.glob("*") if not any(map(file.match, ours))]
-        is_folder = path.is_dir()
-        usable = is_folder == (name in FOLDERS) and os.access(path, os.W_OK)
-        if strange or path.exists() and not (usable and (marked or is_folder)):
-            raise MocaError(f"{[path, *strange][-1]} is not a run's (no {MARKER} says so), or may "
-                            "not be written: move it, or choose another --output")
+        # What is not there yet has to find a place.
+        place = path if path.exists() else path.parent
+        if output.exists() and not os.access(place, os.R_OK | os.W_OK):
+            raise MocaError(f"{place} may not be read and written: allow it, or choose another "
+                            "--output")
+
+
+def check_ours(path: Path, usual: bool) -> None:
+    """MocaError unless what stands at a path, if anything does, was put there by us: it is
+    of the usual kind, and its marker lists all that it holds."""
+    ours = (*STRAY, *first_lines(path / MARKER).splitlines())
+    strange = [file.name for file in path.glob("*")]
+    for pattern in ours:
+        strange = [name for name in strange if not fnmatchcase(name, pattern)]
+    if os.path.lexists(path) and (strange or path.is_symlink() or not usual):
+        raise MocaError(f"{path.joinpath(*strange[:1])} was put there by no run of this version "
+                        f"(no {MARKER} names it): move it away, or choose another --output")
 
 
 def lock(marker: TextIO, output: Path) -> None:
@@ -107,33 +144,31 @@ def lock(marker: TextIO, output: Path) -> None:
 
 
 def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
-    """MocaError if a checkpoint's state is incomplete, or of a run with other flags or
-    other data. data: the state of the data that --data names, at its beginning."""
-    lacking = {"step", "flags", "data", "log", "skipped"} - saved.keys()
-    lacking |= data.keys() - {"fingerprint", *saved.get("data", ())}
+    """MocaError if a checkpoint's state is incomplete or was changed, or is of a run with
+    other flags or other data. data: the state of the data that --data names, at its
+    beginning."""
+    usual = {"step": 0, "flags": {}, "data": {}, "log": [], "skipped": "", "digest": ""}
+    lacking = {name for name, value in usual.items() if type(saved.get(name)) is not type(value)}
+    lacking = lacking or data.keys() - saved["data"].keys()
     if lacking:
         raise MocaError(f"--resume: the checkpoint says nothing of {', '.join(sorted(lacking))}: "
                         "resume with the stage and version that wrote it, or start anew")
-    check_same_flags(flags, saved["flags"])
+
+    # A checkpoint that is older than a flag does not name it: nothing to compare.
+    for name, before in saved["flags"].items():
+        if name not in MAY_CHANGE and getattr(flags, str(name), None) != before:
+            raise MocaError(f"--resume: --{str(name).replace('_', '-')} was {before}: give the "
+                            "same flags, or start anew without --resume")
 
     # As many records can be others.
     for name in ("records", "fingerprint"):
-        before, now = saved["data"].get(name), data.get(name)
-        if before and now and before != now:
+        before, now = saved["data"][name], data[name]
+        if before != now:
             raise MocaError(f"--resume: {name} of --data {flags.data}: {before} before, and now "
                             f"{now}: give the same data, or start anew without --resume")
     if saved["step"] > flags.steps:
-        raise MocaError(f"--resume: {saved['step']} steps are done: --steps {flags.steps} "
-                        "is less")
-
-
-def check_same_flags(flags: CommonFlags, before: dict) -> None:
-    """MocaError if a flag that changes the result differs from the value it had, or is
-    no flag of this stage or version.
-
-    A checkpoint that is older than a flag does not name it: nothing to compare.
-    """
-    for name, value in before.items():
-        if name not in MAY_CHANGE and getattr(flags, name, None) != value:
-            raise MocaError(f"--resume: --{name.replace('_', '-')} was {value}: give the same "
-                            "flags, or start anew without --resume")
+        raise MocaError(f"--resume: {saved['step']} steps are done, more than {flags.steps}: "
+                        "raise --steps")
+    if saved.pop("digest") != digest(saved):
+        raise MocaError("--resume: the checkpoint's state is not as it was saved: start anew "
+                        "without --resume")

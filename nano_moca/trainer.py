@@ -38,7 +38,7 @@ from nano_moca.checkpoint import load_checkpoint, save_checkpoint
 from nano_moca.config import Config, grow_vocabulary
 from nano_moca.distributed import World
 from nano_moca.families import load_config
-from nano_moca.files import MocaError, first_lines, one_line, put_text
+from nano_moca.files import MocaError, first_lines, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
 from nano_moca.weights import find_checkpoint
@@ -104,11 +104,10 @@ def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimi
     """
     # With --resume and no checkpoint yet, a run begins: one command serves for both.
     output = Path(flags.output)
-    saved = None
-    if flags.resume:
-        saved = load_checkpoint(output / "checkpoint", world, model, optimizer)
-        if saved is None and world.main:
-            print(f"{one_line(output)} holds no checkpoint: starting anew", flush=True)
+    place = output / "checkpoint"
+    saved = load_checkpoint(place, world, model, optimizer) if flags.resume else None
+    if flags.resume and saved is None and world.main:
+        print(f"{one_line(output)} holds no checkpoint: starting anew", flush=True)
 
     # Other flags or other data would end in what is neither the old run nor a new one.
     if saved is not None:
@@ -176,12 +175,8 @@ class Log:
         """Log one step."""
         # At once, so that nothing is lost in a crash.
         self.lines.append(line)
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise MocaError(f"{self.path} cannot be written ({error.strerror}): make room on the "
-                            "disk, and go on with --resume") from None
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
         # The bar has room for losses and accuracy.
         names = [name for name in line if "loss" in name or name == "accuracy"]

@@ -7,15 +7,19 @@ records depend on (seed, split, index) alone, and no caption word is split into 
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from nano_moca import builtin
 from nano_moca.batch import MARK, Record
-from nano_moca.builtin import CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, BuiltinRecords, Scene
+from nano_moca.builtin import (
+    CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, BuiltinRecords, Scene, base)
 from nano_moca.builtin.base import make_tokenizer
 from nano_moca.builtin.scenes import EMPTY, glyph
 from nano_moca.config import BASE
@@ -232,3 +236,62 @@ def test_the_tokenizer_is_like_qwens(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text  # byte-level: nothing is unknown
     assert tokenizer.encode("Cafe\u0301").ids == tokenizer.encode("Caf\u00e9").ids  # NFC
     assert tokenizer.encode("12345").tokens == list("12345")  # digits stand alone
+
+
+# --- making the base anew -----------------------------------------------------------------------
+
+@pytest.fixture
+def making(tmp_path, monkeypatch):
+    """A base of its own to replace, and no training."""
+    monkeypatch.chdir(tmp_path)
+    place = Path(shutil.copytree(BASE, tmp_path / "package" / "base"))
+    (place / "mine.txt").write_text("edited")
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "model.safetensors").write_bytes(b"new" * 1000)
+    monkeypatch.setattr(base, "BASE", place)
+    monkeypatch.setattr(base, "train_base", lambda start, words: trained)
+    monkeypatch.setattr(base, "make_tokenizer",
+                        lambda: Tokenizer.from_file(str(BASE / "tokenizer.json")))
+    return place
+
+
+def contents(folder):
+    """What is in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_base_takes_the_place_whole(making):
+    """What the user put into the folder moves with it."""
+    base.make_base([])
+    assert (making / "model.safetensors").read_bytes() == b"new" * 1000
+    assert (making / "mine.txt").read_text() == "edited"
+    assert [path.name for path in making.parent.iterdir()] == ["base"]
+    base.make_base([])
+
+
+def test_a_full_disk_keeps_the_old_base(making, full_disk):
+    """And the message is a line that names it."""
+    before = contents(making)
+    with full_disk(100_000), pytest.raises((MocaError, OSError)) as caught:
+        base.make_base([])
+    assert contents(making) == before and len(str(caught.value).splitlines()) == 1
+    base.make_base([])
+
+
+@pytest.mark.parametrize("ending", [".old", ".new"])
+def test_a_users_copy_beside_the_base(making, ending):
+    """A backup of that name is the user's: refused before the work."""
+    copy = making.with_name("base" + ending)
+    copy.mkdir()
+    (copy / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(MocaError, match="move it away"):
+        base.make_base([])
+    assert contents(copy) == {"model.safetensors": b"mine"} and not Path("runs").exists()
+
+
+def test_a_package_that_may_not_be_written(making):
+    """Said before half an hour of work."""
+    shutil.rmtree(making.parent)
+    with pytest.raises(MocaError, match="base cannot be written"):
+        base.make_base([])

@@ -5,6 +5,7 @@ disk that is full.
 No user's file is lost, and what is refused is refused in one line before the work.
 """
 
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ import train_cl
 import train_cpt
 from launching import words, write_data
 from nano_moca import MocaError, distributed, flags as flags_module, plan, trainer
-from nano_moca.files import MARKER, first_lines, fresh_folder, put_text, replace_folder
+from nano_moca.checkpoint import digest
+from nano_moca.files import (MARKER, first_lines, fresh_folder, put_text, replace_folder,
+                             replacing, write_json)
 from nano_moca.flags import CommonFlags, main_guard, parse_flags
 from nano_moca.plan import check_inputs, check_output, lock
 from nano_moca.trainer import guarded
@@ -159,6 +162,73 @@ def test_a_users_file_in_a_runs_folder(again: Path, place: str) -> None:
         check_output(again / "run")
 
 
+THINGS = {
+    "a broken link": lambda path: path.symlink_to("gone"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to an empty folder": lambda path: path.symlink_to(path.parent.parent / "empty"),
+    "a fifo": os.mkfifo if hasattr(os, "mkfifo") else Path.touch,
+    "marked by blank lines": lambda path: (path.mkdir(), (path / "a").touch(),
+                                           (path / MARKER).write_text("b\n\n.\n")),
+    "marked by bytes": lambda path: (path.mkdir(), (path / "a").touch(),
+                                     (path / MARKER).write_bytes(b"[\xff\n\0")),
+}
+
+
+@pytest.mark.parametrize("name", ["model.new", "checkpoint.old", "skipped.jsonl.part"])
+@pytest.mark.parametrize("thing", THINGS)
+def test_things_in_the_way(tmp_path: Path, thing: str, name: str) -> None:
+    """What would only stop the run at its first save: links that lead nowhere, pipes, folders
+    whose marker was written by somebody else."""
+    output = tmp_path / "run"
+    for folder in (output, tmp_path / "empty"):
+        folder.mkdir()
+    THINGS[thing](output / name)
+    with pytest.raises(MocaError, match=f"{name}.*move it away"):
+        check_output(output)
+
+
+def test_a_marker_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A pipe in its place does not hang the run."""
+    os.mkfifo(tmp_path / MARKER)
+    with pytest.raises(MocaError, match="not an ordinary file"):
+        run_nothing(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["model", "checkpoint"])
+def test_a_run_inside_what_a_run_wrote(again: Path, place: str) -> None:
+    """Its folder may be replaced as a whole at any time."""
+    before = snapshot(again)
+    with pytest.raises(MocaError, match="--output .* is itself"):
+        run_nothing(again / "run" / place)
+    assert snapshot(again) == before
+
+
+def test_an_output_of_an_older_version(tmp_path: Path) -> None:
+    """Before there were markers: said what to do."""
+    for name in ("model/config.json", "checkpoint/rank-00000.pt", "log.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(MocaError, match="by no run of this version .*: move it away, or choose"):
+        run_nothing(tmp_path)
+
+
+def test_links_among_what_is_read(tmp_path: Path) -> None:
+    """A data folder's file, or a checkpoint's config, that is a link to what a run writes."""
+    for folder in ("x/model", "data", "checkpoint"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").symlink_to("../x/log.jsonl")
+    (tmp_path / "checkpoint" / "config.json").symlink_to("../x/model/config.json")
+    for name, value in (("data", "data"), ("model", "checkpoint")):
+        with pytest.raises(MocaError, match=f"would write over .*--{name}"):
+            check_inputs(CommonFlags(output=str(tmp_path / "x"), **{name: str(tmp_path / value)}))
+
+
+def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be an --output: a flag that is not given names nothing."""
+    monkeypatch.chdir(tmp_path)
+    run_nothing(Path("."))
+
+
 def test_what_systems_leave_is_no_matter(again: Path, finished: Path, golden: Path) -> None:
     """A .DS_Store is neither a user's work nor a rank."""
     for name in (".DS_Store", "._model.safetensors", ".nfs000123"):
@@ -252,6 +322,49 @@ def test_permission_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "log.jsonl")
     with pytest.raises(MocaError, match=r"log\.jsonl"):
         check_output(tmp_path)
+
+
+def test_where_links_lead_permission_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                  ) -> None:
+    """A model is written beside where its folder's link leads; a folder that was marked may be
+    read only since."""
+    for folder in ("run", "far/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run" / "model").symlink_to("../far/model")
+    (tmp_path / "run" / MARKER).touch()
+    check_output(tmp_path / "run")
+    for closed in ("far", "run"):
+        monkeypatch.setattr(os, "access", lambda path, mode, at=closed: Path(path).name != at)
+        with pytest.raises(MocaError, match=f"{closed} may not be read and written"):
+            check_output(tmp_path / "run")
+
+
+def test_two_programs_write_one_file(tmp_path: Path) -> None:
+    """Each its own temporary file; the last one counts, whole; a user's file of a like name, the
+    permissions and the folder stay."""
+    (tmp_path / "scores.json.new").write_text("mine")
+    with replacing(tmp_path / "scores.json") as first:
+        first.write_text("first")
+        with replacing(tmp_path / "scores.json") as second:
+            second.write_text("second")
+        assert (tmp_path / "scores.json").read_text() == "second"
+    write_json(tmp_path / "more.json", {})
+    assert (tmp_path / "scores.json").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "scores.json", "more.json", "scores.json.new"}
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "more.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_a_kill_left_goes(tmp_path: Path) -> None:
+    """A file half written, with the next run; and it is nobody's, so it stops none."""
+    with replacing(tmp_path / "log.jsonl") as fresh:
+        left = fresh.with_name(fresh.name[:-1] + "x")
+        left.write_text('{"step":')
+        fresh.write_text("")
+    (tmp_path / "log.jsonl").unlink()
+    run_nothing(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [MARKER]
 
 
 LOCKED = """
@@ -441,6 +554,22 @@ CHANGES = {
     "a moment of another shape": (lambda saved: saved["moments"][2].update(
         exp_avg=torch.zeros(3)), "lacks a part"),
     "one weight too few": (lambda saved: saved["parameters"].pop(), "lacks a part"),
+    "the part of another rank": (lambda saved: saved.update(rank=1), "lacks a part"),
+    "no moments at all, and so counted": (lambda saved: (
+        [entries.clear() for entries in saved["moments"]], saved.update({"moment count": 0})),
+        "lacks a part"),
+    "a negative square": (lambda saved: saved["moments"][1]["exp_avg_sq"].sub_(1), "lacks a part"),
+    "a moment before the first": (lambda saved: saved["moments"][1]["step"].neg_(), "lacks a part"),
+    "an infinite moment": (lambda saved: saved["moments"][1]["exp_avg"].fill_(float("inf")),
+                           "lacks a part"),
+    **{f"weights as {name}": (lambda saved, change=change: saved["parameters"].__setitem__(
+        4, change(saved["parameters"][4])), "lacks a part") for name, change in {
+            "float64": torch.Tensor.double, "bfloat16": torch.Tensor.bfloat16,
+            "int32": torch.Tensor.int, "nan": lambda weight: weight * float("nan"),
+            "a list": torch.Tensor.tolist, "sparse": torch.Tensor.to_sparse}.items()},
+    "a step of words": (lambda saved: saved["state"].update(step="3"), "step"),
+    "a place beyond the data": (lambda saved: saved["state"]["data"].update(next=10**6),
+                                "not as it was saved"),
 }
 
 
@@ -458,6 +587,40 @@ def test_a_checkpoint_with_a_part_missing(again: Path, finished: Path, golden: P
     assert snapshot(again / "run") == before
 
 
+STATES = {
+    **{f"{name} is {value!r}": ({name: value}, name) for name, value in (
+        ("step", "2"), ("step", True), ("step", 1.0), ("step", None), ("flags", 7),
+        ("flags", ["seed"]), ("data", "epoch"), ("data", None), ("log", "abc"),
+        ("log", {}), ("skipped", 0), ("skipped", b"a"), ("digest", None))},
+    **{f"{name} is {value!r}, of the right type": ({name: value}, "not as it was saved")
+       for name, value in (
+           ("step", 0), ("step", -2), ("log", []), ("log", ["a", "b", "c"]), ("log", [{}] * 3),
+           ("log", [torch.ones(1)] * 3), ("skipped", "no line's end"), ("digest", "0" * 64),
+           ("more", {3: 4}), ("log", [{"step": 1, "loss": "much"}]))},
+    **{f"the data's {name} is {value!r}": ({"data": {
+        "records": 9, "fingerprint": "a", "next": 3} | {name: value}}, "not as it was saved")
+       for name, value in (("next", "1"), ("next", -1), ("next", 10**6), ("next", None),
+                           ("next", True), ("next", 10**30), ("next", float("nan")))},
+    "an empty place": ({"data": {}}, "fingerprint, next, records"),
+    "a flag that is no word": ({"flags": {4: 5}}, "--4 was 5"),
+    "a flag of two lines": ({"flags": {"a\nerror: b": 5}}, "--a"),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_no_run_saved(kind: str) -> None:
+    """A number that is a word, a log of words, a place that is none: one line."""
+    data = {"records": 9, "fingerprint": "a", "next": 0}
+    state = {"step": 1, "flags": asdict(CommonFlags()), "data": data | {"next": 3},
+             "log": [{"step": 1, "loss": 2.5}], "skipped": ""}
+    state["digest"] = digest(state)
+    plan.check_same_run(CommonFlags(), dict(state), data)
+    change, named = STATES[kind]
+    with pytest.raises(MocaError, match=named) as caught:
+        plan.check_same_run(CommonFlags(), state | change, data)
+    assert "\n" not in str(caught.value) and "start anew" in str(caught.value)
+
+
 @dataclass
 class Batches:
     """Only what resume looks at."""
@@ -466,14 +629,14 @@ class Batches:
 
 
 @pytest.mark.parametrize(("before", "now", "refused"), [
-    ("a", "b", True), ("a", "a", False), (None, "b", False), ("a", None, False),
-    ("a", "", False)])
-def test_other_data_of_the_same_length(before: str | None, now: str | None, refused: bool) -> None:
-    """By a fingerprint, where both know one."""
+    ("a", "b", True), ("a", "a", False), ("", "", False), ("a", "", True)])
+def test_other_data_of_the_same_length(before: str, now: str, refused: bool) -> None:
+    """By a fingerprint; that of what is drawn and in no file is empty."""
     at_first = {"records": 9, "skipped": 0}
     saved = {"step": 1, "flags": asdict(CommonFlags()), "log": [{}], "skipped": "",
-             "data": at_first | ({"fingerprint": before} if before else {})}
-    data = at_first | ({"fingerprint": now} if now else {})
+             "data": at_first | {"fingerprint": before}}
+    saved["digest"] = digest(saved)
+    data = at_first | {"fingerprint": now}
     if refused:
         with pytest.raises(MocaError, match="fingerprint of --data"):
             plan.check_same_run(CommonFlags(), saved, data)
@@ -618,7 +781,7 @@ def test_a_rank_that_lost_another(error: Exception, size: str, quiet: bool, tmp_
     with pytest.raises(SystemExit if quiet else type(error)):
         main_guard(fail)
     said = capsys.readouterr().err
-    expected = "error: rank 1 stops, for another rank has ended or cannot be reached\n"
+    expected = "error: rank 1 stops, as another rank has ended or cannot be reached\n"
     assert said == (expected if quiet else "")
 
 
@@ -640,3 +803,54 @@ def test_the_plan_is_one_line(capsys: pytest.CaptureFixture) -> None:
     trainer.print_plan(flags, world, torch.nn.Linear(1, 1), 0, "tasks\r\nmore")
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said[:-1].isprintable() and "a\\nerror: b" in said
+
+
+@dataclass
+class Closed:
+    """A standard output that nobody reads any more."""
+
+    handle: int
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def fileno(self) -> int:
+        """What it writes to."""
+        return self.handle
+
+
+def test_nobody_listens(tmp_path: Path, golden: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+                        ) -> None:
+    """`| head -1`: the run goes on to its end."""
+    with open(tmp_path / "said", "w") as file:
+        monkeypatch.setattr(sys, "stdout", Closed(file.fileno()))
+        train(golden, tmp_path / "run", "--data", texts)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_a_character(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is escaped, and what is printed after it is printed."""
+    said = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", said)
+    main_guard(lambda: print("日本 Ω\nthe scores", flush=True))
+    assert b"the scores" in said.buffer.getvalue()
+
+
+def test_no_terminal_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`>&- 2>&-`: both may be closed."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    main_guard(lambda: (sys.stdout.write("a"), sys.stderr.write("b")))
+
+
+@pytest.mark.parametrize("word", ["--" + "x" * 5000, "--steps=" + "7" * 5000, "--a\nb"])
+def test_a_long_word_is_cut(word: str, capsys: pytest.CaptureFixture) -> None:
+    """What is said of it is a line that can be read."""
+    with pytest.raises(SystemExit):
+        parse_flags(train_cpt.Flags, [word], "")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 500 and said[:-1].isprintable()

@@ -17,12 +17,12 @@ from torch import nn
 
 from nano_moca import Moca, MocaError
 from nano_moca.batches import prefetch
-from nano_moca.checkpoint import load_checkpoint, save_checkpoint, save_model
+from nano_moca.checkpoint import digest, load_checkpoint, save_checkpoint, save_model
 from nano_moca.distributed import World, init_distributed
 from nano_moca.files import find_folder, fresh_folder, replace_folder
 from nano_moca.flags import CommonFlags, flag, parse_flags
 from nano_moca.report.curves import plot_losses
-from nano_moca.plan import check_same_flags
+from nano_moca.plan import check_same_run
 from nano_moca.trainer import Log, update, warmup_then_linear
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -119,10 +119,13 @@ def test_flags_of_an_older_checkpoint() -> None:
     that changes the result is named when it differs."""
     older = asdict(CommonFlags())
     del older["no_report"]
-    check_same_flags(CommonFlags(no_report=True, steps=7, output="elsewhere"), older)
-    check_same_flags(CommonFlags(), older)
+    data = {"records": 9, "fingerprint": "a"}
+    state = {"step": 1, "flags": older, "data": data, "log": [{}], "skipped": ""}
+    check_same_run(CommonFlags(no_report=True, steps=7, output="elsewhere"),
+                   state | {"digest": digest(state)}, data)
+    check_same_run(CommonFlags(), state | {"digest": digest(state)}, data)
     with pytest.raises(MocaError, match="--learning-rate was 0.002"):
-        check_same_flags(CommonFlags(learning_rate=1.0), older)
+        check_same_run(CommonFlags(learning_rate=1.0), state | {"digest": digest(state)}, data)
 
 
 # --- log ----------------------------------------------------------------------------------------
@@ -228,7 +231,8 @@ def test_checkpoint_is_exact(tmp_path: Path) -> None:
     state = {"step": 3, "data": {"epoch": 1, "next": 2}, "flags": {"rate": 1e-3, "place": None}}
     save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, state)
     other, other_optimizer = toy(1)
-    assert load_checkpoint(tmp_path / "checkpoint", ALONE, other, other_optimizer) == state
+    restored = load_checkpoint(tmp_path / "checkpoint", ALONE, other, other_optimizer)
+    assert restored.pop("digest") and restored == state
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert mine.equal(theirs)
         moments, loaded = optimizer.state[mine], other_optimizer.state[theirs]
@@ -359,9 +363,9 @@ def test_crash_between_the_renames(tmp_path: Path) -> None:
     folder.rename(tmp_path / "checkpoint.old")
     (tmp_path / "checkpoint.new").mkdir()
     (tmp_path / "checkpoint.new" / "rank-00000.pt").write_bytes(b"half")
-    assert load_checkpoint(folder, ALONE, model, optimizer) == {"step": 1}
+    assert load_checkpoint(folder, ALONE, model, optimizer)["step"] == 1
     save_checkpoint(folder, ALONE, model, optimizer, {"step": 2})
-    assert load_checkpoint(folder, ALONE, model, optimizer) == {"step": 2}
+    assert load_checkpoint(folder, ALONE, model, optimizer)["step"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -374,7 +378,7 @@ def test_disk_full_at_a_checkpoint(tmp_path: Path, full_disk) -> None:
     save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {"step": 1})
     with full_disk(100_000), pytest.raises((OSError, MocaError)):
         save_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer, {"step": 2})
-    assert load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer) == {"step": 1}
+    assert load_checkpoint(tmp_path / "checkpoint", ALONE, model, optimizer)["step"] == 1
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -15,6 +15,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, trainers
@@ -23,9 +24,10 @@ from torch import nn
 from nano_moca.builtin import COLOURS, NAMES, documents
 from nano_moca.config import BASE
 from nano_moca.families import build_model, load_config
-from nano_moca.files import MocaError, fresh_folder, replace_folder
+from nano_moca.files import MocaError, beside, fresh_folder, replace_folder, writing
 from nano_moca.flags import Parser
 from nano_moca.model import VLM
+from nano_moca.plan import check_ours
 from nano_moca.weights import save_weights
 
 SCRIPTS = Path(__file__).resolve().parents[2]  # the folder of the training scripts
@@ -121,12 +123,19 @@ def make_base(words: Sequence[str]) -> None:
 
     The shape of the model is what the base's config.json says: change it there.
     """
-    base_flags(words)  # a mistake there, or --help, ends us before anything is made
+    # A mistake ends us before anything is made, as --help does, or a folder that may not be
+    # written, or one of the user's where the new base is to stand for a moment.
+    base_flags(words)
+    for ending in (".new", ".old"):
+        check_ours(beside(BASE, ending), beside(BASE, ending).is_dir())
+    with writing(BASE):
+        TemporaryFile(dir=BASE.parent).close()
     start = Path(shutil.copytree(BASE, "runs/base/start", dirs_exist_ok=True))
     make_tokenizer().save(str(start / "tokenizer.json"))
     model = train_base(start, words)
     shutil.copy(model / "model.safetensors", start)
 
     # The old base stays until the new one is complete beside it.
-    shutil.copytree(start, fresh_folder(BASE), dirs_exist_ok=True)
-    replace_folder(BASE)
+    with writing(BASE):
+        shutil.copytree(start, fresh_folder(BASE), dirs_exist_ok=True)
+        replace_folder(BASE)

@@ -28,8 +28,10 @@ from nano_moca.batch import KINDS, MARK
 from nano_moca.convert.sources import find_files, split_sources
 from nano_moca.convert.tables import ParquetRows
 from nano_moca.data import find_image
-from nano_moca.files import MocaError, fresh_folder, read_json, reason, replace_folder, writing
+from nano_moca.files import (MocaError, beside, fresh_folder, read_json, reason, replace_folder,
+                             writing)
 from nano_moca.flags import flag, main_guard, parse_flags
+from nano_moca.plan import check_ours
 
 LONG = "visrag_ind visrag_syn tevatron_colpali TAT-DQA ArxivQA"
 SHORT = (
@@ -191,6 +193,8 @@ def convert(flags: Flags) -> None:
     if output.exists() or not subsets:
         raise MocaError(f"--output {output} exists, or --data {flags.data} holds no parquet "
                         "file: give another folder")
+    for ending in (".new", ".old"):
+        check_ours(beside(output, ending), beside(output, ending).is_dir())
     warnings.simplefilter("ignore")  # of lists with a backslash that escapes nothing
     with writing(output):
         folder = fresh_folder(output)

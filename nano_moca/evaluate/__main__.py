@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -112,11 +113,9 @@ def check_output(args: argparse.Namespace) -> None:
     """MocaError, before the work, unless --output can be written and is no file that is
     read."""
     output = Path(args.output)
-    fresh = Path(os.path.realpath(output) + ".new")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        fresh.touch()
-        fresh.unlink()
+        TemporaryFile(dir=Path(os.path.realpath(output)).parent).close()
 
     # What an earlier evaluation wrote has its vectors beside it.
     if output.exists():
