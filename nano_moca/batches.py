@@ -266,10 +266,10 @@ class PairBatches(Steps):
                       "fingerprint": Joined(self.tasks.values()).fingerprint}
 
         # How many batches each task has in a pass, and how many steps in an epoch.
-        per_pass = {name: len(pairs) // self.batch for name, pairs in self.tasks.items()}
-        self.batches_per_pass = per_pass
-        self.steps = sum(per_pass.values())  # of an epoch
-        weights = np.array([*per_pass.values()], float) ** self.alpha
+        per_pass = [len(pairs) // self.batch for pairs in self.tasks.values()]
+        self.batches_per_pass = dict(zip(self.tasks, per_pass, strict=True))
+        self.steps = sum(per_pass)  # of an epoch
+        weights = np.array(per_pass, float) ** self.alpha
         shares = largest_remainder(self.steps * weights / weights.sum(), self.steps)
         self.counts = dict(zip(self.tasks, shares, strict=True))
 
@@ -350,9 +350,8 @@ class PairBatches(Steps):
 
         # All ranks have to skip the same pairs: see TokenBatches.
         decode = self.skipped is not None
-        records = (pair.query, pair.positive, *chosen)
-        encoded = [self.processor.encode(r, self.max_tokens, decode) for r in records]
-        query, positive, *negatives = encoded
+        query, positive, *negatives = [self.processor.encode(record, self.max_tokens, decode)
+                                       for record in (pair.query, pair.positive, *chosen)]
         return EncodedPair(replace(pair, negatives=chosen), query, positive, negatives)
 
 

@@ -14,13 +14,14 @@ file that was compressed (as Feather files are) is unpacked into memory as a who
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow
-from pyarrow.parquet import ParquetFile
+from pyarrow.parquet import FileMetaData, ParquetFile, read_metadata
 
-from nano_moca.convert.sources import cost
+from nano_moca.convert.sources import cost, identity
 from nano_moca.files import MocaError, reason
 
 PIECE_BYTES = 2**25
@@ -43,7 +44,9 @@ class TableRows(Sequence):
         source = f"{self.path} row {index + 1}"
         try:
             table, place = self.find(index)
-            fields = {name: table.column(name)[place].as_py() for name in self.names}
+            row = table.slice(place, 1)
+            row.validate(full=True)  # a damaged one might lead outside the memory
+            fields = {name: row.column(name)[0].as_py() for name in self.names}
         except UNREADABLE as error:
             what = " ".join(reason(error).split())
             raise MocaError(f"{source} cannot be read ({what}): copy or write the file "
@@ -66,8 +69,9 @@ class ArrowRows(TableRows):
             indexed = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)
-            self.table = reader.read_all()
-        self.names = self.choose(self.table.column_names)
+            table = reader.read_all()
+        self.names = self.choose(table.column_names)
+        self.table = table.select(self.names)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -77,6 +81,13 @@ class ArrowRows(TableRows):
         return self.table, index
 
 
+@lru_cache(8)
+def read_footer(path: Path, identity: tuple) -> FileMetaData:
+    """What a parquet file says of its row groups, which may be many; read again if its
+    `sources.identity` is another."""
+    return read_metadata(path)
+
+
 @dataclass(eq=False)
 class ParquetRows(TableRows):
     """The rows of a parquet file. Only its footer is read at first."""
@@ -84,21 +95,22 @@ class ParquetRows(TableRows):
     grouped = True
 
     def __post_init__(self) -> None:
-        with ParquetFile(self.path) as file:
-            footer = file.metadata
-            self.names = self.choose(file.schema_arrow.names)
+        footer = read_footer(self.path, identity(self.path))
+        self.names = self.choose(footer.schema.to_arrow_schema().names)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         rows = np.array([group.num_rows for group in groups], int)
         self.ends = rows.cumsum()
 
-        # How many rows a piece has, in each group; and `pieces`: see `sources.pieces_of`.
+        # How many rows a piece has, in each group; and how many pieces a group.
         self.sizes = np.array([group.total_byte_size for group in groups], int)
         self.piece_rows = np.clip(PIECE_BYTES * rows // np.maximum(self.sizes, 1), 1, PIECE_ROWS)
-        self.pieces = np.zeros((3, 0), int)
-        for number, (count, most) in enumerate(zip(rows, self.piece_rows, strict=True)):
-            lengths = np.diff(np.r_[0:count:most, count])
-            same = np.full((2, len(lengths)), [[number], [self.sizes[number]]])
-            self.pieces = np.concatenate([self.pieces, [lengths, *same]], 1)
+        counts = -(-rows // self.piece_rows)  # rounded up
+
+        # `pieces`: see `sources.pieces_of`. The last one of a group is the rest.
+        which = np.arange(len(rows)).repeat(counts)
+        turns = np.arange(len(which)) - (counts.cumsum() - counts)[which]
+        rest = rows[which] - turns * self.piece_rows[which]
+        self.pieces = np.stack([np.minimum(rest, self.piece_rows[which]), which, self.sizes[which]])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -107,7 +119,8 @@ class ParquetRows(TableRows):
         """The piece that holds a row, and the row's place in it."""
         group = int(np.searchsorted(self.ends, index, side="right"))
         before = int(self.ends[group - 1]) if group else 0
-        number, place = divmod(index - before, int(self.piece_rows[group]))
+        most = int(self.piece_rows[group])
+        number, place = divmod(index - before, most)
 
         # A group that is new, or was read beyond the piece, is read from its beginning.
         last, piece, pieces = OPEN.pop((self, group), (number + 1, None, None))
@@ -115,7 +128,7 @@ class ParquetRows(TableRows):
             last, pieces = -1, self.open_group(group)
         while last < number:
             last, piece = next(pieces)
-            expected = self.pieces[0, self.pieces[1] == group][last]
+            expected = min(most, self.ends[group] - before - last * most)
             if len(piece) != expected:
                 raise MemoryError(f"{expected} rows unpack to over 2 GB")
         OPEN[self, group] = last, piece, pieces
@@ -129,7 +142,8 @@ class ParquetRows(TableRows):
             OPEN.popitem(last=False)
 
         # Neither memory nor threads for what is ahead.
-        file = ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
+        footer = read_footer(self.path, identity(self.path))
+        file = ParquetFile(self.path, metadata=footer, buffer_size=2**20, pre_buffer=False)
         return enumerate(file.iter_batches(
             int(self.piece_rows[group]), [group], self.names, use_threads=False))
 
