@@ -162,9 +162,7 @@ class TokenBatches(Steps):
             if self.state["next"] == len(self.records):
                 if not self.state["usable"]:
                     raise MocaError(f"no record of the data can be used: {self.skipped} says why")
-                self.state["epoch"] += 1
-                self.state["next"] = 0
-                self.state["usable"] = 0
+                self.state |= {"epoch": self.state["epoch"] + 1, "next": 0, "usable": 0}
             epoch = self.state["epoch"]
             place = self.state["next"]
             index = int(self.order(epoch)[place])
@@ -311,9 +309,8 @@ class PairBatches(Steps):
             negatives += pair.negatives
 
         # Another rank may have more records, and then more chunks.
-        most_records = 0
-        for share in shares:
-            most_records = max(most_records, sum(len(pairs[i].records) for i in share))
+        counts = np.array([len(pair.records) for pair in pairs])
+        most_records = max(int(counts[share].sum()) for share in shares)
         return PairBatch(
             task=name, records=queries + positives + negatives,
             local_index=torch.tensor(shares[self.rank], dtype=torch.int64),

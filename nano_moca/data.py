@@ -311,15 +311,13 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
         try:
             fields, _, source = stored[number]
             task, kind = read_task(fields, source)
-            if task not in tasks:
-                tasks[task] = LazyRows(stored, [], make_pair, kind)
+            rows = tasks.setdefault(task, LazyRows(stored, [], make_pair, kind))
 
             # A task has one kind.
-            before = tasks[task].kind
-            if before != kind:
-                raise MocaError(f"{source}: task {task} is {kind} here and {before} before: "
+            if rows.kind != kind:
+                raise MocaError(f"{source}: task {task} is {kind} here and {rows.kind} before: "
                                 "give each kind its own task")
-            tasks[task].numbers.append(number)
+            rows.numbers.append(number)
         except MocaError as error:
             if unusable is None:
                 raise

@@ -21,7 +21,6 @@ import filecmp
 import json
 import os
 import shutil
-import stat
 import tarfile
 import warnings
 import zipfile
@@ -64,69 +63,53 @@ class Flags:
 # --- images -----------------------------------------------------------------------
 
 
-def find_entries(images: str) -> list[Path]:
-    """What lies in the places that --images names; a file is itself. Archives come first:
-    nothing is unpacked through a link, into a folder of the user's."""
-    entries: list[Path] = []
-    for place in map(Path, split_sources(images, "--images")):
-        entries += place.iterdir() if place.is_dir() else [regular_file(place)]
-    return sorted(entries, key=lambda entry: (not is_archive(entry), entry))
-
-
-def is_archive(entry: Path) -> bool:
-    """Whether a name says that this is an archive."""
-    return entry.name.lower().endswith(ARCHIVES)
-
-
-def gather_images(entries: list[Path], folder: Path) -> None:
-    """Fill the folder with what archives hold, and with links to the rest."""
+def gather_images(places: list[str], folder: Path) -> None:
+    """Fill the folder with what archives hold, and with links to what else lies in the
+    places; a place that is a file is itself."""
     (folder / PICTURES).touch()
-    for entry in entries:
-        if is_archive(entry):
-            unpack(entry, folder)
-        else:
-            with writing(folder / entry.name):
-                (folder / entry.name).symlink_to(entry.absolute())
+    entries: list[Path] = []
+    for place in map(Path, places):
+        entries += place.iterdir() if place.is_dir() else [regular_file(place)]
+
+    # The archives first: nothing is unpacked through a link, into a folder of the user's.
+    archives = [entry for entry in entries if entry.name.lower().endswith(ARCHIVES)]
+    for archive in sorted(archives):
+        try:
+            unpack(archive, folder)
+        except Exception as error:  # of as many kinds as there are formats
+            raise MocaError(f"{archive} cannot be unpacked ({reason(error)}): copy it again, or "
+                            "make room on the disk") from None
+    for entry in sorted({*entries} - {*archives}):
+        with writing(folder / entry.name):
+            (folder / entry.name).symlink_to(entry.absolute())
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Add what an archive holds. MocaError if it cannot be unpacked, if it would write
-    outside the folder, or if it has another file of a name that is there."""
+    """Add what an archive holds. An error of any kind if it cannot be unpacked, would
+    write outside the folder, or has another file of a name that is there."""
     scratch = folder.with_name("unpacked")
-    try:
-        if archive.suffix.lower() == ".zip":
-            with zipfile.ZipFile(archive) as opened:
-                check_names(opened.infolist())
-                opened.extractall(scratch)
+    if archive.suffix.lower() == ".zip":
+        with zipfile.ZipFile(archive) as opened:
+            # Python would give other names to these, or lose one of two.
+            names = opened.namelist()
+            bad = [name for name in names if name[:1] == "/" or ".." in Path(name).parts]
+            if bad or len({*names}) < len(names):
+                raise ValueError(f"names that lead outside, {bad[:1]}, or come twice")
+            opened.extractall(scratch)
+    else:
+        with tarfile.open(archive) as opened:
+            opened.extractall(scratch, filter="data")  # refuses what leads outside
+
+    # Two archives may hold the same pictures.
+    for file in sorted(scratch.rglob("*")):
+        place = folder / file.relative_to(scratch)
+        if file.is_dir() and not file.is_symlink():
+            place.mkdir(exist_ok=True)
+        elif os.path.lexists(place) and not filecmp.cmp(file, place, shallow=False):
+            raise ValueError(f"it has another {place.relative_to(folder)} than the others")
         else:
-            with tarfile.open(archive) as opened:
-                opened.extractall(scratch, filter="data")  # refuses what leads outside
-
-        # Two archives may hold the same pictures.
-        for file in sorted(scratch.rglob("*")):
-            place = folder / file.relative_to(scratch)
-            if file.is_dir() and not file.is_symlink():
-                place.mkdir(exist_ok=True)
-            elif os.path.lexists(place) and not filecmp.cmp(file, place, shallow=False):
-                raise ValueError(f"it has another {place.relative_to(folder)} than the others")
-            else:
-                file.replace(place)
-        shutil.rmtree(scratch, ignore_errors=True)
-    except Exception as error:  # of as many kinds as there are formats
-        raise MocaError(f"{archive} cannot be unpacked ({reason(error)}): copy it again, or "
-                        "make room on the disk") from None
-
-
-def check_names(members: list[zipfile.ZipInfo]) -> None:
-    """ValueError for what Python's reader of zip files would change or lose: names that
-    lead outside, links, and two files of one name."""
-    sums: dict[str, int] = {}
-    for member in members:
-        name = member.filename
-        leaves = name.startswith("/") or ".." in Path(name).parts
-        is_link = stat.S_ISLNK(member.external_attr >> 16)
-        if leaves or is_link or sums.setdefault(name, member.CRC) != member.CRC:
-            raise ValueError(f"{name} leads outside, is a link, or comes twice")
+            file.replace(place)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- pairs ------------------------------------------------------------------------
@@ -245,13 +228,13 @@ def convert(flags: Flags) -> None:
     if output.exists() or not subsets:
         raise MocaError(f"--output {output} exists, or --data {flags.data} holds no parquet "
                         "file: give another folder")
-    entries = [] if flags.images is None else find_entries(flags.images)
+    places = [] if flags.images is None else split_sources(flags.images, "--images")
     warnings.simplefilter("ignore")  # of lists with a backslash that escapes nothing
     try:
         with writing(output):
             folder = fresh_folder(output)
             (folder / "images").mkdir()
-            gather_images(entries, folder / "images")
+            gather_images(places, folder / "images")
             for name, files in subsets.items():
                 write_subset(name, kinds[name], files, folder, flags.on_error == "skip")
             replace_folder(output)

@@ -53,9 +53,9 @@ class TableRows(Sequence):
                             "again") from None
         return fields, self.path.parent, source
 
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """Those of a file's columns that are read."""
-        return [name for name in names if self.columns is None or name in self.columns]
+    def choose(self, names: list[str]) -> None:
+        """Keep those of a file's columns that are read."""
+        self.names = [name for name in names if name in (self.columns or names)]
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class ArrowRows(TableRows):
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)
             table = reader.read_all()
-        self.names = self.choose(table.column_names)
+        self.choose(table.column_names)
         self.table = table.select(self.names)
 
     def __len__(self) -> int:
@@ -96,57 +96,56 @@ class ParquetRows(TableRows):
 
     def __post_init__(self) -> None:
         footer = read_footer(self.path, identity(self.path))
-        self.names = self.choose(footer.schema.to_arrow_schema().names)
+        self.choose(footer.schema.to_arrow_schema().names)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-        rows = np.array([group.num_rows for group in groups], int)
-        self.ends = rows.cumsum()
+        if sum(group.num_rows for group in groups) != footer.num_rows:
+            raise ValueError("its row groups have other numbers of rows than the file")
 
-        # How many rows a piece has, in each group; and how many pieces a group.
-        self.sizes = np.array([group.total_byte_size for group in groups], int)
-        self.piece_rows = np.clip(PIECE_BYTES * rows // np.maximum(self.sizes, 1), 1, PIECE_ROWS)
-        counts = -(-rows // self.piece_rows)  # rounded up
-
-        # `pieces`: see `sources.pieces_of`. The last one of a group is the rest.
-        which = np.arange(len(rows)).repeat(counts)
-        turns = np.arange(len(which)) - (counts.cumsum() - counts)[which]
-        rest = rows[which] - turns * self.piece_rows[which]
-        self.pieces = np.stack([np.minimum(rest, self.piece_rows[which]), which, self.sizes[which]])
+        # The pieces of each group; the last one is the rest. See `sources.pieces_of`.
+        pieces = []
+        for number, group in enumerate(groups):
+            most = PIECE_BYTES * group.num_rows // max(group.total_byte_size, 1)
+            most = min(max(most, 1), PIECE_ROWS)
+            for start in range(0, group.num_rows, most):
+                length = min(most, group.num_rows - start)
+                pieces.append((length, number, group.total_byte_size))
+        self.pieces = np.array(pieces, int).reshape(-1, 3).T
+        self.ends = self.pieces[0].cumsum()
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.pieces[0].sum())
 
     def find(self, index: int) -> tuple[pyarrow.RecordBatch, int]:
         """The piece that holds a row, and the row's place in it."""
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        before = int(self.ends[group - 1]) if group else 0
-        most = int(self.piece_rows[group])
-        number, place = divmod(index - before, most)
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        first = int(np.searchsorted(self.pieces[1], self.pieces[1, number]))  # of its group
 
         # A group that is new, or was read beyond the piece, is read from its beginning.
-        last, piece, pieces = OPEN.pop((self, group), (number + 1, None, None))
+        last, piece, rest = OPEN.pop((self, first), (number + 1, None, None))
         if last > number:
-            last, pieces = -1, self.open_group(group)
+            last, rest = first - 1, self.open_group(first)
         while last < number:
-            last, piece = next(pieces)
-            expected = min(most, self.ends[group] - before - last * most)
-            if len(piece) != expected:
-                raise MemoryError(f"{expected} rows unpack to over 2 GB")
-        OPEN[self, group] = last, piece, pieces
-        return piece, place
+            last, piece = next(rest)
+            if len(piece) != self.pieces[0, last]:
+                raise MemoryError(f"{self.pieces[0, last]} rows unpack to over 2 GB")
+        OPEN[self, first] = last, piece, rest
+        return piece, index - int(self.ends[number]) + len(piece)
 
-    def open_group(self, group: int) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-        """The pieces of a group, with their numbers. Closes those of groups that were not
-        used lately."""
+    def open_group(self, first: int) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        """The pieces of a group, the first of which has this number, with their numbers.
+        Closes those of groups that were not used lately."""
+        most, group, size = self.pieces[:, first].tolist()
+
         # At most what two bunches of `sources.side_by_side` may take.
-        while sum(cost(rows.sizes[other]) for rows, other in OPEN) + cost(self.sizes[group]) > 2:
+        while sum(cost(rows.pieces[2, other]) for rows, other in OPEN) + cost(size) > 2:
             OPEN.popitem(last=False)
 
         # Neither memory nor threads for what is ahead.
         footer = read_footer(self.path, identity(self.path))
         file = ParquetFile(self.path, metadata=footer, buffer_size=2**20, pre_buffer=False)
-        return enumerate(file.iter_batches(
-            int(self.piece_rows[group]), [group], self.names, use_threads=False))
+        return enumerate(file.iter_batches(most, [group], self.names, use_threads=False), first)
 
 
-# Groups that are being read, the last used last: (the piece's number, it, those to come).
+# Groups that are being read, by file and first piece, the last used last: (the number of
+# the piece last read, this piece, those to come).
 OPEN: OrderedDict[tuple, tuple] = OrderedDict()
