@@ -60,11 +60,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def run(tmp_path: Path, data: Path | str, images: Path | str | None = None, **more: str) -> Path:
-    """Convert into tmp_path/pairs."""
-    output = tmp_path / "pairs"
-    convert(Flags(**{"data": str(data), "output": str(output), "images": images if images is None else str(images),
+    """Convert into tmp_path/pairs, or the output that is named."""
+    output = more.pop("output", str(tmp_path / "pairs"))
+    convert(Flags(**{"data": str(data), "output": output, "images": images if images is None else str(images),
                      "kinds": None, "on_error": "stop", **more}))
-    return output
+    return Path(output)
 
 
 def test_rows_become_lines(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture) -> None:
