@@ -162,9 +162,7 @@ class TokenBatches(Steps):
             if self.state["next"] == len(self.records):
                 if not self.state["usable"]:
                     raise MocaError(f"no record of the data can be used: {self.skipped} says why")
-                self.state["epoch"] += 1
-                self.state["next"] = 0
-                self.state["usable"] = 0
+                self.state |= {"epoch": self.state["epoch"] + 1, "next": 0, "usable": 0}
             epoch = self.state["epoch"]
             place = self.state["next"]
             index = int(self.order(epoch)[place])
@@ -266,10 +264,10 @@ class PairBatches(Steps):
                       "fingerprint": Joined(self.tasks.values()).fingerprint}
 
         # How many batches each task has in a pass, and how many steps in an epoch.
-        per_pass = {name: len(pairs) // self.batch for name, pairs in self.tasks.items()}
-        self.batches_per_pass = per_pass
-        self.steps = sum(per_pass.values())  # of an epoch
-        weights = np.array([*per_pass.values()], float) ** self.alpha
+        per_pass = [len(pairs) // self.batch for pairs in self.tasks.values()]
+        self.batches_per_pass = dict(zip(self.tasks, per_pass, strict=True))
+        self.steps = sum(per_pass)  # of an epoch
+        weights = np.array(per_pass, float) ** self.alpha
         shares = largest_remainder(self.steps * weights / weights.sum(), self.steps)
         self.counts = dict(zip(self.tasks, shares, strict=True))
 
@@ -311,9 +309,8 @@ class PairBatches(Steps):
             negatives += pair.negatives
 
         # Another rank may have more records, and then more chunks.
-        most_records = 0
-        for share in shares:
-            most_records = max(most_records, sum(len(pairs[i].records) for i in share))
+        counts = np.array([len(pair.records) for pair in pairs])
+        most_records = max(int(counts[share].sum()) for share in shares)
         return PairBatch(
             task=name, records=queries + positives + negatives,
             local_index=torch.tensor(shares[self.rank], dtype=torch.int64),
@@ -350,9 +347,8 @@ class PairBatches(Steps):
 
         # All ranks have to skip the same pairs: see TokenBatches.
         decode = self.skipped is not None
-        records = (pair.query, pair.positive, *chosen)
-        encoded = [self.processor.encode(r, self.max_tokens, decode) for r in records]
-        query, positive, *negatives = encoded
+        query, positive, *negatives = [self.processor.encode(record, self.max_tokens, decode)
+                                       for record in (pair.query, pair.positive, *chosen)]
         return EncodedPair(replace(pair, negatives=chosen), query, positive, negatives)
 
 

@@ -36,7 +36,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from nano_moca.batch import KINDS, Pair, Record
-from nano_moca.files import MocaError, reason, regular_file
+from nano_moca.files import MocaError, reason
 
 BUILTIN = "builtin"
 FILE_KINDS = (".jsonl", ".parquet", ".arrow")
@@ -73,9 +73,11 @@ class JsonLines(Sequence):
         number = self.numbers[index]
         source = f"{self.path}:{number + 1}"
         try:
-            return json.loads(self.line(number)), self.path.parent, source
-        except (ValueError, RecursionError) as error:
-            raise MocaError(f"{source}: not JSON ({error}): correct or remove the line") from None
+            fields = json.loads(self.line(number), object_pairs_hook=unique)
+        except (OSError, ValueError, RecursionError) as error:
+            raise MocaError(f"{source}: not JSON ({reason(error)}): correct or remove the line"
+                            ) from None
+        return fields, self.path.parent, source
 
     def line(self, number: int) -> bytes:
         """A line of the file, counted from 0."""
@@ -83,6 +85,14 @@ class JsonLines(Sequence):
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(self.ends[number] - start)
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. ValueError if a key comes twice: one of its values would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key comes twice")
+    return fields
 
 
 class Joined(ConcatDataset):
@@ -98,50 +108,46 @@ class Joined(ConcatDataset):
 
 
 def open_file(file: Path, columns: Sequence[str] | None) -> Sequence[Row]:
-    """The rows of a file, by its suffix."""
-    if file.suffix == ".jsonl":
-        return JsonLines(file)
+    """The rows of a file, by its suffix. MocaError if it cannot be read."""
+    from nano_moca.convert.sources import fingerprint
 
     # What needs an optional package is imported only for its files.
+    kind = file.suffix.lower()
     try:
-        from nano_moca.convert.tables import ArrowRows, ParquetRows
+        if kind == ".jsonl":
+            rows = JsonLines(file)
+        else:
+            from nano_moca.convert.tables import ArrowRows, ParquetRows
+
+            rows = (ArrowRows if kind == ".arrow" else ParquetRows)(file, columns)
+        rows.fingerprint = fingerprint(file)
     except ImportError:
         raise MocaError(f"{file}: reading it needs pyarrow: pip install pyarrow") from None
-    return (ArrowRows if file.suffix == ".arrow" else ParquetRows)(file, columns)
+    # Pyarrow's errors are of many kinds, and their messages have several lines.
+    except Exception as error:
+        what = " ".join(reason(error).split())
+        raise MocaError(f"{file} cannot be read ({what}): correct it, or give a file of "
+                        f"{', '.join(FILE_KINDS)}") from None
+    return rows
 
 
-def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | None = None
-              ) -> Joined:
+def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | None = None,
+              seen: set | None = None) -> Joined:
     """The rows of a .jsonl, .parquet or .arrow file; or of all those in a folder and
     below whose paths from there fit `pattern` (its * stands for "/" too), in the order
     of their names. MocaError if there are none, or if one cannot be read.
 
-    columns: which of a parquet or Arrow file are read; None: all.
+    columns: which of a parquet or Arrow file are read; None: all. seen: files that
+    are left out, as they were read before; these are added.
     """
-    from nano_moca.convert import sources  # what may lie in a folder: much
+    from nano_moca.convert.sources import find_files  # what may lie in a folder: much
 
-    if os.path.isdir(path):
-        files = sources.find_files(Path(path), pattern, FILE_KINDS)
-    else:
-        files = [regular_file(Path(path))]
-
-    # Other files, such as images, may lie among them.
-    opened = []
-    for file in files:
-        if file.suffix not in FILE_KINDS:
-            continue
-        try:
-            rows = open_file(file, columns)
-            rows.fingerprint = sources.fingerprint(file)
-        except (OSError, ValueError) as error:
-            # Pyarrow's messages have several lines.
-            what = " ".join(reason(error).split())
-            raise MocaError(f"{file} cannot be read ({what}): correct or replace it") from None
-        opened.append(rows)
+    files = find_files(Path(path), pattern, FILE_KINDS, seen)
+    opened = [open_file(file, columns) for file in files]
 
     # A run over nothing would only fail later.
     if sum(map(len, opened)) == 0:
-        raise MocaError(f"{path} holds no records: give .jsonl, .parquet or .arrow files, or "
+        raise MocaError(f"{path} holds no records: give {', '.join(FILE_KINDS)} files, or "
                         "their folder")
     return Joined(opened)
 
@@ -228,8 +234,9 @@ def load_records(path: str, seed: int, cap: int | None = None) -> Sequence[Recor
     from nano_moca.convert.sources import sample, split_sources
 
     parts = []
+    seen: set = set()  # no file is read twice
     for number, source in enumerate(split_sources(path)):
-        stored = open_rows(source, columns=("text", "images"))
+        stored = open_rows(source, "*", ("text", "images"), seen)
         rows = LazyRows(stored, range(len(stored)), make_record)
         parts.append(sample(rows, cap, (seed, number)))
     return Joined(parts)
@@ -252,7 +259,8 @@ def record_key(record: Record) -> tuple:
 
 def make_pair(fields: dict, folder: Path, source: str) -> Pair:
     """A row of stage 2's data as a `Pair`; MocaError names the row and its part."""
-    entries = fields.get("negatives") or []
+    entries = fields.get("negatives")
+    entries = [] if entries is None else entries
     if not isinstance(entries, list):
         raise MocaError(f'{source}: "negatives" is not a list: write a list of records')
 
@@ -295,21 +303,21 @@ def load_tasks(path: str, seed: int, unusable: list[MocaError] | None = None,
 
     # Each row is parsed once for its task, and again whenever its pair is asked for.
     columns = ("task", "kind", "query", "positive", "negatives")
-    stored = Joined(open_rows(source, columns=columns) for source in split_sources(path))
+    seen: set = set()  # no file is read twice
+    parts = [open_rows(source, "*", columns, seen) for source in split_sources(path)]
+    stored = Joined(parts)
     tasks: dict[str, LazyRows] = {}
     for number in range(len(stored)):
         try:
             fields, _, source = stored[number]
             task, kind = read_task(fields, source)
-            if task not in tasks:
-                tasks[task] = LazyRows(stored, [], make_pair, kind)
+            rows = tasks.setdefault(task, LazyRows(stored, [], make_pair, kind))
 
             # A task has one kind.
-            before = tasks[task].kind
-            if before != kind:
-                raise MocaError(f"{source}: task {task} is {kind} here and {before} before: "
+            if rows.kind != kind:
+                raise MocaError(f"{source}: task {task} is {kind} here and {rows.kind} before: "
                                 "give each kind its own task")
-            tasks[task].numbers.append(number)
+            rows.numbers.append(number)
         except MocaError as error:
             if unusable is None:
                 raise

@@ -71,13 +71,12 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).strip() or repr(error)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, advice: str = "give the folder of a Qwen-VL checkpoint") -> dict:
     """One JSON object from a file; MocaError if absent, malformed or no object."""
     try:
         return {**json.loads(regular_file(path, 10**8).read_text(encoding="utf-8"))}
     # TypeError if it is no object, RecursionError if it is nested too deep.
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        advice = "give the folder of a Qwen-VL checkpoint"
         raise MocaError(f"{path} cannot be read ({reason(error)}): {advice}") from None
 
 

@@ -60,11 +60,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def run(tmp_path: Path, data: Path | str, images: Path | str | None = None, **more: str) -> Path:
-    """Convert into tmp_path/pairs."""
-    output = tmp_path / "pairs"
-    convert(Flags(**{"data": str(data), "output": str(output), "images": images and str(images),
+    """Convert into tmp_path/pairs, or the output that is named."""
+    output = more.pop("output", str(tmp_path / "pairs"))
+    convert(Flags(**{"data": str(data), "output": output, "images": images if images is None else str(images),
                      "kinds": None, "on_error": "stop", **more}))
-    return output
+    return Path(output)
 
 
 def test_rows_become_lines(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture) -> None:
@@ -135,11 +135,12 @@ def test_archives_stay_in_their_folder(tmp_path: Path, pictures: Path) -> None:
     """Names that lead out, and links, write nothing elsewhere; nor does an archive write into a
     folder of the user's that has the same name."""
     data = write(tmp_path / "d" / "NIGHTS" / "train.parquet", [row()]).parent
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
-        zipped.writestr("../../out.png", "bad")
-        zipped.writestr("/abs.png", "bad")
-        zipped.writestr("COCO/a.png", picture())
-    run(tmp_path, data, tmp_path / "a.zip", output=str(tmp_path / "one"))
+    for name in ("../../out.png", "COCO/../../../out.png", "/abs.png", "COCO/a.png"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+            zipped.writestr("COCO/a.png", picture())
+            zipped.writestr(name, "bad")
+        with pytest.raises(MocaError, match=r"a\.zip cannot be unpacked .*names"):
+            run(tmp_path, data, tmp_path / "a.zip", output=str(tmp_path / "one"))
     assert not (tmp_path / "out.png").exists() and not Path("/abs.png").exists()
 
     with tarfile.open(tmp_path / "b.tar", "w") as tarred:
@@ -157,7 +158,55 @@ def test_archives_stay_in_their_folder(tmp_path: Path, pictures: Path) -> None:
         run(tmp_path, data, f"{tmp_path / 'c.zip'},{pictures}", output=str(tmp_path / "three"))
     assert (pictures / "COCO" / "a.png").read_bytes() == picture("red")
     assert not (pictures / "new.png").exists()
-    assert not (tmp_path / "two").exists() and not (tmp_path / "three").exists()
+    for name in ("one", "two", "three"):
+        assert not list(tmp_path.glob(f"{name}*")), "half a result"
+
+
+@pytest.mark.parametrize("ending", [".ZIP", ".tar.bz2", ".txz"])
+def test_archives_of_the_same_pictures(tmp_path: Path, ending: str) -> None:
+    """A picture that two archives hold is there once; two pictures of one path are refused. What
+    else archives hold is no data, whatever it is called."""
+    data = write(tmp_path / "d" / "NIGHTS" / "train.parquet", [row()]).parent
+    (tmp_path / "z").mkdir()
+
+    def pack(name: str, content: bytes) -> None:
+        archive = tmp_path / "z" / (name + ending)
+        if ending == ".ZIP":
+            with zipfile.ZipFile(archive, "w") as zipped:
+                zipped.writestr("COCO/a.png", content)
+                zipped.writestr("COCO/list.jsonl", "no data")
+            return
+        with tarfile.open(archive, f"w:{'bz2' if 'bz2' in ending else 'xz'}") as tarred:
+            for inner, held in (("COCO/a.png", content), ("COCO/list.jsonl", b"no data")):
+                entry = tarfile.TarInfo(inner)
+                entry.size = len(held)
+                tarred.addfile(entry, io.BytesIO(held))
+
+    pack("a", picture())
+    pack("b", picture())
+    output = run(tmp_path, data, tmp_path / "z")
+    (pair,) = load_tasks(str(output), 0)["NIGHTS"]
+    assert pair.positive.images[0].read_bytes() == picture()
+    pack("b", picture("blue"))
+    with pytest.raises(MocaError, match=r"b\..* cannot be unpacked .*another COCO/a.png"):
+        run(tmp_path, data, tmp_path / "z", output=str(tmp_path / "two"))
+    assert not list(tmp_path.glob("two*"))
+
+
+def test_folders_that_hold_all(tmp_path: Path, pictures: Path) -> None:
+    """Images may lie among the published data, and the output among either; the same pairs are
+    read once."""
+    root = pictures.parent
+    data = write(root / "NIGHTS" / "train.parquet", [row()]).parent
+    write(pictures / "NIGHTS" / "train.parquet", [row()])
+    output = run(tmp_path, data, root, output=str(pictures / "out"))
+    assert len(load_tasks(str(output), 0)["NIGHTS"]) == 1
+    (root / "link").mkdir()
+    (root / "link" / "again.parquet").symlink_to(data / "train.parquet")
+    output = run(tmp_path, f"{data},{root / 'link'}", pictures, output=str(root / "one"))
+    assert len(load_tasks(str(output), 0)["NIGHTS"]) == 1
+    output = run(tmp_path, data / "train.parquet", pictures, output=str(root / "file"))
+    assert len(load_tasks(str(output), 0)["NIGHTS"]) == 1
 
 
 def test_broken_archives(tmp_path: Path) -> None:
@@ -192,6 +241,8 @@ def test_a_list_is_parsed_and_never_run(tmp_path: Path, pictures: Path,
     hostile = [f"[open({str(proof)!r}, 'w')]", f"[__import__('os').system('touch {proof}')]",
                "[1, 2]", "['a' for a in 'b']", "[" * 500 + "]" * 500, 
                "['a', ['b']]", "[unclosed, ]",
+               "['a', 'b", '["a', "['a'", "[b'a']", "[('a',)]", "[{'a': 'b'}]", '["a", null]',
+               "[...]", "[*'ab']", "[" + "1+" * 10**5 + "1]", "[" * 10**5 + "]" * 10**5,
                "['" + "a" * 2**20 + "']", "[-" + "-" * 10000 + "1]", "['\0']"]
     for text in hostile:
         with pytest.raises(MocaError, match="row 7"):
@@ -201,15 +252,16 @@ def test_a_list_is_parsed_and_never_run(tmp_path: Path, pictures: Path,
         assert read_list(text, "") == parsed
     data = write(tmp_path / "d" / "WebQA" / "train.parquet", [
         row(), row(neg_text=hostile[0]), row(qry=" \n"), row(pos_image_path="images/COCO/none.png"),
-        row(pos_image_path="../COCO/a.png"), row(pos_text=I1 + I1), row()])
+        row(pos_image_path="../COCO/a.png"), row(pos_text=I1 + I1), row(),
+        row(pos_image_path="images/" + "a" * 400), row(pos_image_path="\x1b[2J\nWebQA: 9 pairs")])
     with pytest.raises(MocaError, match=r"train\.parquet row 2: its negatives"):
         run(tmp_path, data.parent, pictures)
     assert not (tmp_path / "pairs").exists(), "half a result"
     output = run(tmp_path, data.parent, pictures, on_error="skip")
     assert len(lines(output / "WebQA.jsonl")) == 2 and not proof.exists()
     said = capsys.readouterr().out
-    assert "WebQA: 2 pairs of kind image-text, 5 rows skipped" in said
-    assert said.count("skipped: ") == 5 and "images/COCO/none.png is missing" in said
+    assert "WebQA: 2 pairs of kind image-text, 7 rows skipped" in said
+    assert len(said.splitlines()) == 8 and said.count("skipped: ") == 7 and "images/COCO/none.png is missing" in said
 
 
 def test_kinds_are_not_guessed(tmp_path: Path, pictures: Path) -> None:
@@ -223,6 +275,10 @@ def test_kinds_are_not_guessed(tmp_path: Path, pictures: Path) -> None:
     table.write_text('{"mine": "text-only", "NIGHTS": "images"}')
     with pytest.raises(MocaError, match="--kinds.* NIGHTS"):
         run(tmp_path, data, pictures, kinds=str(table))
+    for content in ("", "[]", "{"):
+        table.write_text(content)
+        with pytest.raises(MocaError, match=r"kinds\.json cannot be read .*--kinds"):
+            run(tmp_path, data, pictures, kinds=str(table))
     table.write_text('{"mine": "text-only"}')
     output = run(tmp_path, data, pictures, kinds=str(table))
     assert lines(output / "mine.jsonl")[0]["kind"] == "text-only"
@@ -242,6 +298,13 @@ def test_nothing_is_replaced(tmp_path: Path, pictures: Path) -> None:
     write(tmp_path / "e" / "NIGHTS" / "train.parquet", [{"query": "a"}])
     with pytest.raises(MocaError, match="lacks a column"):
         run(tmp_path, tmp_path / "e", output=str(tmp_path / "other"))
+    write(tmp_path / "f" / "NIGHTS" / "train.parquet", [row()]).write_bytes(b"PAR1 no more")
+    with pytest.raises(MocaError, match=r"train\.parquet cannot be read"):
+        run(tmp_path, tmp_path / "f", output=str(tmp_path / "other"))
+    for images in ("", ",", tmp_path / "absent", f"{pictures},{pictures}"):
+        with pytest.raises(MocaError):
+            run(tmp_path, tmp_path / "d", images, output=str(tmp_path / "other"))
+    assert not list(tmp_path.glob("other*"))
     with pytest.raises(MocaError, match="another folder"):
         run(tmp_path, f"{tmp_path / 'd'},{tmp_path / 'e'}", output=str(tmp_path / "other"))
     assert os.listdir(tmp_path / "d") == ["NIGHTS"] and not (tmp_path / "other").exists()

@@ -120,6 +120,8 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
     ('{"text": "a"', "not JSON"),
     ("", "not JSON"),
     ("[1, 2]", 'no "text"'),
+    ('{"text": "a", "text": "b"}', "twice"),
+    ('{"text": "a", "images": [{"path": "b", "path": "c"}]}', "twice"),
     ('{"text": 5}', 'no "text"'),
     ('{"images": []}', 'no "text"'),
     ('{"text": "a", "images": "a.png"}', "not a list"),
@@ -196,6 +198,23 @@ def test_a_blank_line_between(tmp_path: Path) -> None:
         lines[1]
 
 
+@pytest.mark.parametrize("now", ["gone", "a folder", "a loop", "shorter"])
+def test_a_file_that_changes(tmp_path: Path, now: str) -> None:
+    """Under a run: a row that can no longer be read is named."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(ONE + b"\n" + TWO + b"\n")
+    lines = JsonLines(path)
+    path.unlink()
+    if now == "a folder":
+        path.mkdir()
+    elif now == "a loop":
+        path.symlink_to(path)
+    elif now == "shorter":
+        path.write_bytes(ONE)
+    with pytest.raises(MocaError, match="a.jsonl:2: not JSON"):
+        lines[1]
+
+
 def test_line_ends_inside_a_text(tmp_path: Path) -> None:
     """What only Unicode calls a line end does not end a line."""
     text = "a\u2028b\u2029c\x85d\x0be\x1cf"
@@ -227,6 +246,43 @@ def test_what_is_no_data(tmp_path: Path) -> None:
     rows = open_rows(tmp_path)
     assert [fields["text"] for fields, _, _ in rows] == [
         "a log of other things", LINES[0]["text"], LINES[2]["text"]]
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture) -> None:
+    """Files that may be data, of a kind that is not read: once, in one line, by one rank. Pictures
+    are no data, and suffixes may be written large."""
+    write_lines(tmp_path / "a.JSONL", LINES[:1])
+    for name in ("b.jsonl.gz", "sub/c.gz", "d.csv", "e\n.x\ny", "f.PNG", "g.jpeg", "NOTES"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for _ in range(2):
+        assert len(open_rows(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert said == (f"{tmp_path}: passed over: 1 .csv, 2 .gz, 1 .x\\ny, 1 NOTES: only .jsonl, "
+                    ".parquet, .arrow are read\n")
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "h.json").touch()
+    open_rows(tmp_path)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "a.JSONL").unlink()
+    (tmp_path / "i.json").touch()
+    with pytest.raises(MocaError, match="no records"):
+        open_rows(tmp_path)
+    assert "2 .json," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["more", "v2.1", "old.zst"])
+def test_a_link_to_nothing(tmp_path: Path, name: str) -> None:
+    """May have been a folder of data, whatever it is called; a picture that nobody names is not
+    missed."""
+    write_lines(tmp_path / "a.jsonl", LINES)
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    assert len(open_rows(tmp_path)) == 4
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(MocaError, match=name):
+        open_rows(tmp_path)
 
 
 def test_links_in_a_folder(tmp_path: Path) -> None:
@@ -310,6 +366,18 @@ def test_several_sources(tmp_path: Path) -> None:
                 load(bad, 0)
     with pytest.raises(MocaError, match="absent"):
         load_records(f"{tmp_path / 'a.jsonl'},{tmp_path / 'absent'}", 0)
+    for unheard in ("a\0b", "\ud800", "x" * 5000):
+        with pytest.raises(MocaError):
+            load_records(f"{tmp_path / 'a.jsonl'},{unheard}", 0)
+
+    # A file that two sources hold by links is read once.
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "own.jsonl", [{"text": name}])
+    (tmp_path / "two" / "soft.jsonl").symlink_to("../one/own.jsonl")
+    (tmp_path / "two" / "hard.jsonl").hardlink_to(tmp_path / "one" / "own.jsonl")
+    records = load_records(f"{tmp_path / 'one'},{tmp_path / 'two'}", 0)
+    assert [records[n].text for n in range(len(records))] == ["one", "two"]
     for load in (load_records, load_tasks):
         with pytest.raises(MocaError, match="builtin cannot be read"):  # never capped in silence
             load("builtin", 0, cap=5)

@@ -127,6 +127,41 @@ def test_damaged_files(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_offsets_that_lead_out_of_the_file(tmp_path: Path, indexed: bool) -> None:
+    """Of a damaged Arrow file: its rows are named, and no memory of others is read."""
+    file = write_arrow(tmp_path / "a.arrow", texts(20), indexed, 20)
+    content = file.read_bytes()
+    offsets = np.cumsum([0, *(len(row["text"]) for row in texts(20))]).astype("<i4").tobytes()
+    assert content.count(offsets) == 1
+    bad = np.frombuffer(offsets, "<i4").copy()
+    bad[10:12] = 2**30, 2**31 - 1
+    file.write_bytes(content.replace(offsets, bad.tobytes()))
+    records = load_records(str(tmp_path), 0)
+    assert records[3].text == "r 3" and records[15].text == "r 15"
+    for number in (9, 10, 11):
+        with pytest.raises(MocaError, match=f"a.arrow row {number + 1} cannot be read"):
+            records[number]
+
+
+def test_many_and_empty_row_groups(tmp_path: Path) -> None:
+    """Ten thousand groups of a row cost seconds, in the order of training; groups of no row are
+    nothing; and a file that was replaced by one of other groups is read anew."""
+    write(tmp_path / "a.parquet", texts(10_000), 1)
+    records = load_records(str(tmp_path), 0)
+    order = shuffle(records, np.random.default_rng(0))
+    assert sorted(order) == list(range(10_000))
+    assert [records[int(n)].text for n in order[:2000]] == [f"r {n}" for n in order[:2000]]
+    table = pyarrow.Table.from_pylist(texts(3))
+    with parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table[:0], table[:2], table[:0], table[2:], table[:0]):
+            writer.write_table(part)
+    records = load_records(str(tmp_path), 0)
+    assert sorted(shuffle(records, np.random.default_rng(0))) == [0, 1, 2]
+    assert said(tmp_path) == ["r 0", "r 1", "r 2"]
+    assert len(load_records(str(tmp_path), 0, cap=2)) == 2
+
+
 def test_rows_in_any_order(tmp_path: Path, small_pieces: None) -> None:
     """Backwards, at random, and by turns from two files: the order costs time only."""
     for name, count in (("a", 25), ("b", 14)):

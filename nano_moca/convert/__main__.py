@@ -17,19 +17,23 @@ unpacked; memory grows with nothing but the names in an archive.
 """
 
 import ast
+import filecmp
 import json
+import os
 import shutil
+import tarfile
 import warnings
+import zipfile
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from nano_moca.batch import KINDS, MARK
-from nano_moca.convert.sources import find_files, split_sources
-from nano_moca.convert.tables import ParquetRows
-from nano_moca.data import find_image
-from nano_moca.files import (MocaError, beside, fresh_folder, read_json, reason, replace_folder,
-                             writing)
+from nano_moca.convert.sources import PICTURES, find_files, split_sources
+from nano_moca.data import find_image, open_file
+from nano_moca.files import (
+    MocaError, beside, fresh_folder, one_line, read_json, reason, regular_file, replace_folder,
+    writing)
 from nano_moca.flags import flag, main_guard, parse_flags
 from nano_moca.plan import check_ours
 
@@ -41,7 +45,7 @@ SHORT = (
 SUBSETS = dict.fromkeys(LONG.split(), KINDS[0]) | dict.fromkeys(SHORT.split(), KINDS[1])
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 COPIES = ("original", "diverse_instruction", "train")  # of the same pairs: the best first
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 IMAGE = "<|image_1|>"
 MOST_CHARACTERS = 2**20  # of a list of negatives: the parser takes many times its size
 
@@ -61,24 +65,52 @@ class Flags:
 
 
 def gather_images(places: list[str], folder: Path) -> None:
-    """Fill the folder with what archives hold, and with links to what folders hold."""
+    """Fill the folder with what archives hold, and with links to what else lies in the
+    places; a place that is a file is itself."""
+    (folder / PICTURES).touch()
     entries: list[Path] = []
     for place in map(Path, places):
-        entries += place.iterdir() if place.is_dir() else [place]
+        entries += place.iterdir() if place.is_dir() else [regular_file(place)]
 
     # The archives first: nothing is unpacked through a link, into a folder of the user's.
-    # Python's "data" filter, and its reader of zip files, write only inside the folder.
-    for entry in sorted(entries, key=lambda entry: (entry.suffix not in ARCHIVES, entry)):
-        if entry.suffix not in ARCHIVES:
-            with writing(folder / entry.name):
-                (folder / entry.name).symlink_to(entry.absolute())
-            continue
+    archives = [entry for entry in entries if entry.name.lower().endswith(ARCHIVES)]
+    for archive in sorted(archives):
         try:
-            safely = {} if entry.suffix == ".zip" else {"filter": "data"}
-            shutil.unpack_archive(entry, folder, **safely)
+            unpack(archive, folder)
         except Exception as error:  # of as many kinds as there are formats
-            raise MocaError(f"{entry} cannot be unpacked ({reason(error)}): copy it again, or "
+            raise MocaError(f"{archive} cannot be unpacked ({reason(error)}): copy it again, or "
                             "make room on the disk") from None
+    for entry in sorted({*entries} - {*archives}):
+        with writing(folder / entry.name):
+            (folder / entry.name).symlink_to(entry.absolute())
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Add what an archive holds. An error of any kind if it cannot be unpacked, would
+    write outside the folder, or has another file of a name that is there."""
+    scratch = folder.with_name("unpacked")
+    if archive.suffix.lower() == ".zip":
+        with zipfile.ZipFile(archive) as opened:
+            # Python would give other names to these, or lose one of two.
+            names = opened.namelist()
+            bad = [name for name in names if name[:1] == "/" or ".." in Path(name).parts]
+            if bad or len({*names}) < len(names):
+                raise ValueError(f"names that lead outside, {bad[:1]}, or come twice")
+            opened.extractall(scratch)
+    else:
+        with tarfile.open(archive) as opened:
+            opened.extractall(scratch, filter="data")  # refuses what leads outside
+
+    # Two archives may hold the same pictures.
+    for file in sorted(scratch.rglob("*")):
+        place = folder / file.relative_to(scratch)
+        if file.is_dir() and not file.is_symlink():
+            place.mkdir(exist_ok=True)
+        elif os.path.lexists(place) and not filecmp.cmp(file, place, shallow=False):
+            raise ValueError(f"it has another {place.relative_to(folder)} than the others")
+        else:
+            file.replace(place)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- pairs ------------------------------------------------------------------------
@@ -88,8 +120,9 @@ def find_subsets(sources: list[str]) -> dict[str, list[Path]]:
     """{subset: its parquet files}. Of several copies of the same pairs, the first of
     COPIES; a line says which were left out."""
     folders: dict[Path, list[Path]] = {}
+    seen: set = set()  # no file is read twice
     for source in sources:
-        for file in find_files(Path(source), "*", (".parquet",)):
+        for file in find_files(Path(source), "*", (".parquet",), seen):
             folders.setdefault(file.absolute().parent, []).append(file)
 
     subsets: dict[str, list[Path]] = {}
@@ -98,7 +131,7 @@ def find_subsets(sources: list[str]) -> dict[str, list[Path]]:
         for copy in reversed(COPIES):
             chosen = [file for file in files if file.name.startswith(copy)] or chosen
         for file in sorted({*files} - {*chosen}):
-            print(f"{file} is left out: a copy of the pairs in {chosen[0].name}")
+            print(one_line(f"{file} is left out: a copy of the pairs in {chosen[0].name}"))
         if folder.name in subsets:
             raise MocaError(f"{folder}: another folder has this name too: give one of them")
         subsets[folder.name] = chosen
@@ -108,8 +141,10 @@ def find_subsets(sources: list[str]) -> dict[str, list[Path]]:
 def read_list(value: object, source: str) -> list[str]:
     """Negatives: none, a text, or a Python list of texts. Nothing is executed."""
     if isinstance(value, str):
+        # One that begins as a list of texts may be cut short.
         written = value.strip()
-        if not (written.startswith("[") and written.endswith("]")):
+        whole = written.startswith("[") and written.endswith("]")
+        if not (whole or written.startswith(("['", '["'))):
             return [value]
         try:
             value = ast.literal_eval(written) if len(written) < MOST_CHARACTERS else "too long"
@@ -138,7 +173,7 @@ def make_side(text: str | None, path: str | None, folder: Path, source: str) -> 
     # An archive may hold the folder images/ too.
     inner = path.removeprefix("images/")
     for outer in ("images", "images/images"):
-        if find_image(inner, folder / outer, source).is_file():
+        if os.path.isfile(find_image(inner, folder / outer, source)):
             return {"text": text, "images": [f"{outer}/{inner}"]}
     raise MocaError(f"{source}: {path} is missing: name its folder or archive in --images")
 
@@ -161,9 +196,10 @@ def write_subset(name: str, kind: str, files: list[Path], folder: Path, skip: bo
     """Write `folder`/<name>.jsonl, and say how many pairs it has."""
     written, skipped = 0, 0
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines:
-        for rows in (ParquetRows(file, COLUMNS) for file in files):
-            if not {*COLUMNS[:4]} <= {*rows.names}:
-                raise MocaError(f"{rows.path} lacks a column of {COLUMNS[:4]}: take it away")
+        for file in files:
+            rows = open_file(file, COLUMNS)
+            if not {*COLUMNS[:4]} <= {*getattr(rows, "names", ())}:
+                raise MocaError(f"{file} lacks a column of {COLUMNS[:4]}: take it away")
             for index in range(len(rows)):
                 try:
                     fields, _, source = rows[index]
@@ -175,13 +211,13 @@ def write_subset(name: str, kind: str, files: list[Path], folder: Path, skip: bo
                         raise
                     print(f"skipped: {error}")
                     skipped += 1
-    print(f"{name}: {written} pairs of kind {kind}, {skipped} rows skipped", flush=True)
+    print(one_line(f"{name}: {written} pairs of kind {kind}, {skipped} rows skipped"), flush=True)
 
 
 def convert(flags: Flags) -> None:
     """Convert all subsets, or none."""
     # Nothing is guessed.
-    kinds = SUBSETS | (read_json(Path(flags.kinds)) if flags.kinds else {})
+    kinds = SUBSETS | (read_json(Path(flags.kinds), "see --kinds") if flags.kinds else {})
     subsets = find_subsets(split_sources(flags.data))
     for name in subsets:
         if kinds.get(name) not in KINDS:
@@ -195,15 +231,18 @@ def convert(flags: Flags) -> None:
                         "file: give another folder")
     for ending in (".new", ".old"):
         check_ours(beside(output, ending), beside(output, ending).is_dir())
+    places = [] if flags.images is None else split_sources(flags.images, "--images")
     warnings.simplefilter("ignore")  # of lists with a backslash that escapes nothing
-    with writing(output):
-        folder = fresh_folder(output)
-        (folder / "images").mkdir()
-        places = split_sources(flags.images, "--images") if flags.images else []
-        gather_images(places, folder / "images")
-        for name, files in subsets.items():
-            write_subset(name, kinds[name], files, folder, flags.on_error == "skip")
-        replace_folder(output)
+    try:
+        with writing(output):
+            folder = fresh_folder(output)
+            (folder / "images").mkdir()
+            gather_images(places, folder / "images")
+            for name, files in subsets.items():
+                write_subset(name, kinds[name], files, folder, flags.on_error == "skip")
+            replace_folder(output)
+    finally:
+        shutil.rmtree(beside(output, ".new"), ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -6,52 +6,78 @@ data is passed over by its name; what may be data and cannot be read is an error
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from nano_moca.files import MocaError, reason, regular_file
+from nano_moca.files import MocaError, one_line, reason, regular_file
 
 NO_DATA = (".*", "~*", "cache-*.arrow")  # hidden; of an editor; what `datasets` computed
+PICTURES = ".no_data"  # a file of this name: in its folder, and below, there is no data
 LOGS = {"log.jsonl": b'{"step": ', "skipped.jsonl": b'{"count": '}  # how a run's begin
 MEMORY = 2**27  # of the groups of rows that are read at the same time
 
 # --- files and folders ------------------------------------------------------------
 
 
-def find_files(folder: Path, pattern: str, suffixes: Sequence[str]) -> list[Path]:
-    """The files of data in a folder and below whose paths from there fit `pattern` (its
-    * stands for "/" too), in the order of their names. Links are followed, but no file
-    comes twice. MocaError for what cannot be listed or read: it may hold data."""
+def find_files(path: Path, pattern: str, suffixes: Sequence[str], seen: set | None = None
+               ) -> list[Path]:
+    """A file; or the files of data in a folder and below whose paths from there fit
+    `pattern` (its * stands for "/" too), in the order of their names. Links are followed,
+    but no file comes twice, and none of those in `seen`. MocaError for what cannot be
+    listed or read: it may hold data. What is neither data nor picture is counted, and a
+    line says so."""
 
     def refuse(error: OSError) -> None:
         """What os.walk would pass over."""
         advice = "allow reading it, or move it away"
         raise MocaError(f"{error.filename} cannot be listed ({reason(error)}): {advice}")
 
-    seen: set[tuple] = set()
+    if not os.path.isdir(path):
+        return [regular_file(path)]
+    seen = set() if seen is None else seen
     files = []
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    others: Counter[str] = Counter()
+    for parent, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         # A link may lead back to where it lies.
-        again = identity(parent) in seen
+        over = identity(parent) in seen or PICTURES in names
         seen.add(identity(parent))
-        folders[:] = [] if again else sorted(filter(is_data, folders))
-        names = [] if again else sorted(filter(is_data, names))
+        folders[:] = [] if over else sorted(filter(is_data, folders))
+        names = [] if over else sorted(filter(is_data, names))
 
         for name in names:
-            # A link that leads nowhere may have been a folder: it is named as one.
             file = Path(parent, name)
-            wanted = file.suffix in suffixes or not (file.suffix or os.path.exists(file))
-            if wanted and fnmatchcase(os.path.relpath(file, folder), pattern):
+            if not fnmatchcase(os.path.relpath(file, path), pattern):
+                continue
+
+            # A link that leads nowhere may have been a folder: it is named as a file.
+            picture = str(guess_type(name, strict=False)[0]).startswith("image/")
+            lost = not picture and not os.path.exists(file)
+            if file.suffix.lower() in suffixes or lost:
                 if identity(regular_file(file)) not in seen and not is_log(file):
                     files.append(file)
                 seen.add(identity(file))
+            elif not picture:
+                others[file.suffix or name] += 1
+    if others:
+        counts = [f"{count} {name}" for name, count in sorted(others.items())]
+        tell(f"{path}: passed over: {', '.join(counts)}: only {', '.join(suffixes)} are read")
     return sorted(files)
+
+
+@cache
+def tell(line: str) -> None:
+    """Print a line, but once, and by the main rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(one_line(line), flush=True)
 
 
 def is_data(name: str) -> bool:
@@ -81,7 +107,8 @@ def split_sources(path: str, flag: str = "--data") -> list[str]:
         raise MocaError(f"{flag}: an empty path: give a file, a folder, or several: a,b")
 
     # Nothing is read twice. (With "/" at its end, a folder begins what lies in it.)
-    places = sorted(os.path.join(os.path.realpath(source), "") for source in sources)
+    found = filter(os.path.exists, sources)
+    places = sorted(os.path.join(os.path.realpath(source), "") for source in found)
     for outer, inner in zip(places, places[1:], strict=False):
         if inner.startswith(outer):
             raise MocaError(f"{flag}: {inner} is in {outer}: name it once")
@@ -104,22 +131,22 @@ def fingerprint(file: Path) -> str:
 
 def pieces_of(rows: Sequence) -> np.ndarray:
     """[3, pieces] int64: the pieces in which rows are best read, one after the other; of
-    each its number of rows, its group, from 0, and the group's bytes. The pieces of a
+    each its number of rows, its group, and the group's bytes. The pieces of a
     group are read in order, and those of several groups side by side."""
     if isinstance(rows, ConcatDataset):
-        joined = np.zeros((3, 0), int)
+        parts = []
+        before = 0
         for part in rows.datasets:
-            before = joined[1].max(initial=-1) + 1
-            joined = np.concatenate([joined, pieces_of(part) + [[0], [before], [0]]], 1)
-        return joined
+            pieces = pieces_of(part) + [[0], [before], [0]]
+            before = pieces[1].max(initial=before - 1) + 1
+            parts.append(pieces)
+        return np.concatenate(parts, 1)
 
     # Some of other rows: what is left of each piece.
     if hasattr(rows, "stored"):
         lengths, groups, sizes = pieces_of(rows.stored)
         lengths = np.diff(np.searchsorted(rows.numbers, lengths.cumsum()), prepend=0)
-        left = lengths > 0
-        _, groups = np.unique(groups[left], return_inverse=True)
-        return np.stack([lengths[left], groups, sizes[left]])
+        return np.stack([lengths, groups, sizes])[:, lengths > 0]
 
     # Those that can be read in any order go with the others.
     if hasattr(rows, "pieces"):
@@ -139,7 +166,7 @@ def side_by_side(rows: Sequence, generator: np.random.Generator) -> np.ndarray:
     random order, in bunches that fit into MEMORY; of a bunch come all first pieces, their
     rows shuffled, then all second ones, and so on."""
     lengths, groups, sizes = pieces_of(rows)
-    _, first = np.unique(groups, return_index=True)
+    _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
     turns = np.arange(len(groups)) - first[groups]  # of a piece in its group
 
     order = generator.permutation(len(first))

@@ -14,13 +14,14 @@ file that was compressed (as Feather files are) is unpacked into memory as a who
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow
-from pyarrow.parquet import ParquetFile
+from pyarrow.parquet import FileMetaData, ParquetFile, read_metadata
 
-from nano_moca.convert.sources import cost
+from nano_moca.convert.sources import cost, identity
 from nano_moca.files import MocaError, reason
 
 PIECE_BYTES = 2**25
@@ -43,16 +44,18 @@ class TableRows(Sequence):
         source = f"{self.path} row {index + 1}"
         try:
             table, place = self.find(index)
-            fields = {name: table.column(name)[place].as_py() for name in self.names}
+            row = table.slice(place, 1)
+            row.validate(full=True)  # a damaged one might lead outside the memory
+            fields = {name: row.column(name)[0].as_py() for name in self.names}
         except UNREADABLE as error:
             what = " ".join(reason(error).split())
             raise MocaError(f"{source} cannot be read ({what}): copy or write the file "
                             "again") from None
         return fields, self.path.parent, source
 
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """Those of a file's columns that are read."""
-        return [name for name in names if self.columns is None or name in self.columns]
+    def choose(self, names: list[str]) -> None:
+        """Keep those of a file's columns that are read."""
+        self.names = [name for name in names if name in (self.columns or names)]
 
 
 @dataclass(eq=False)
@@ -66,8 +69,9 @@ class ArrowRows(TableRows):
             indexed = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if indexed else pyarrow.ipc.open_stream(file)
-            self.table = reader.read_all()
-        self.names = self.choose(self.table.column_names)
+            table = reader.read_all()
+        self.choose(table.column_names)
+        self.table = table.select(self.names)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -77,6 +81,13 @@ class ArrowRows(TableRows):
         return self.table, index
 
 
+@lru_cache(8)
+def read_footer(path: Path, identity: tuple) -> FileMetaData:
+    """What a parquet file says of its row groups, which may be many; read again if its
+    `sources.identity` is another."""
+    return read_metadata(path)
+
+
 @dataclass(eq=False)
 class ParquetRows(TableRows):
     """The rows of a parquet file. Only its footer is read at first."""
@@ -84,55 +95,57 @@ class ParquetRows(TableRows):
     grouped = True
 
     def __post_init__(self) -> None:
-        with ParquetFile(self.path) as file:
-            footer = file.metadata
-            self.names = self.choose(file.schema_arrow.names)
+        footer = read_footer(self.path, identity(self.path))
+        self.choose(footer.schema.to_arrow_schema().names)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-        rows = np.array([group.num_rows for group in groups], int)
-        self.ends = rows.cumsum()
+        if sum(group.num_rows for group in groups) != footer.num_rows:
+            raise ValueError("its row groups have other numbers of rows than the file")
 
-        # How many rows a piece has, in each group; and `pieces`: see `sources.pieces_of`.
-        self.sizes = np.array([group.total_byte_size for group in groups], int)
-        self.piece_rows = np.clip(PIECE_BYTES * rows // np.maximum(self.sizes, 1), 1, PIECE_ROWS)
-        self.pieces = np.zeros((3, 0), int)
-        for number, (count, most) in enumerate(zip(rows, self.piece_rows, strict=True)):
-            lengths = np.diff(np.r_[0:count:most, count])
-            same = np.full((2, len(lengths)), [[number], [self.sizes[number]]])
-            self.pieces = np.concatenate([self.pieces, [lengths, *same]], 1)
+        # The pieces of each group; the last one is the rest. See `sources.pieces_of`.
+        pieces = []
+        for number, group in enumerate(groups):
+            most = PIECE_BYTES * group.num_rows // max(group.total_byte_size, 1)
+            most = min(max(most, 1), PIECE_ROWS)
+            for start in range(0, group.num_rows, most):
+                length = min(most, group.num_rows - start)
+                pieces.append((length, number, group.total_byte_size))
+        self.pieces = np.array(pieces, int).reshape(-1, 3).T
+        self.ends = self.pieces[0].cumsum()
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.pieces[0].sum())
 
     def find(self, index: int) -> tuple[pyarrow.RecordBatch, int]:
         """The piece that holds a row, and the row's place in it."""
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        before = int(self.ends[group - 1]) if group else 0
-        number, place = divmod(index - before, int(self.piece_rows[group]))
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        first = int(np.searchsorted(self.pieces[1], self.pieces[1, number]))  # of its group
 
         # A group that is new, or was read beyond the piece, is read from its beginning.
-        last, piece, pieces = OPEN.pop((self, group), (number + 1, None, None))
+        last, piece, rest = OPEN.pop((self, first), (number + 1, None, None))
         if last > number:
-            last, pieces = -1, self.open_group(group)
+            last, rest = first - 1, self.open_group(first)
         while last < number:
-            last, piece = next(pieces)
-            expected = self.pieces[0, self.pieces[1] == group][last]
-            if len(piece) != expected:
-                raise MemoryError(f"{expected} rows unpack to over 2 GB")
-        OPEN[self, group] = last, piece, pieces
-        return piece, place
+            last, piece = next(rest)
+            if len(piece) != self.pieces[0, last]:
+                raise MemoryError(f"{self.pieces[0, last]} rows unpack to over 2 GB")
+        OPEN[self, first] = last, piece, rest
+        return piece, index - int(self.ends[number]) + len(piece)
 
-    def open_group(self, group: int) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-        """The pieces of a group, with their numbers. Closes those of groups that were not
-        used lately."""
+    def open_group(self, first: int) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        """The pieces of a group, the first of which has this number, with their numbers.
+        Closes those of groups that were not used lately."""
+        most, group, size = self.pieces[:, first].tolist()
+
         # At most what two bunches of `sources.side_by_side` may take.
-        while sum(cost(rows.sizes[other]) for rows, other in OPEN) + cost(self.sizes[group]) > 2:
+        while sum(cost(rows.pieces[2, other]) for rows, other in OPEN) + cost(size) > 2:
             OPEN.popitem(last=False)
 
         # Neither memory nor threads for what is ahead.
-        file = ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
-        return enumerate(file.iter_batches(
-            int(self.piece_rows[group]), [group], self.names, use_threads=False))
+        footer = read_footer(self.path, identity(self.path))
+        file = ParquetFile(self.path, metadata=footer, buffer_size=2**20, pre_buffer=False)
+        return enumerate(file.iter_batches(most, [group], self.names, use_threads=False), first)
 
 
-# Groups that are being read, the last used last: (the piece's number, it, those to come).
+# Groups that are being read, by file and first piece, the last used last: (the number of
+# the piece last read, this piece, those to come).
 OPEN: OrderedDict[tuple, tuple] = OrderedDict()
