@@ -94,8 +94,8 @@ def train(flags: Flags) -> None:
     pooling = flags.pooling or ("last" if causal else "mean")
     output = Path(flags.output)
 
-    # The model: shapes without memory at first; then each rank allocates and reads its
-    # part of each block, and of the root, to which all else belongs.
+    # The model: shapes without memory at first. `shard` gives each rank memory for its
+    # part of every block, and of the root, which is all that is in no block.
     world = init_distributed(flags.device, flags.dtype)
     folder, config, processor = open_checkpoint(flags)
     model = empty_model(config)

@@ -81,8 +81,8 @@ def train(flags: Flags) -> None:
     attention = "causal" if causal else "bidirectional"
     output = Path(flags.output)
 
-    # The model: shapes without memory at first; then each rank allocates and reads its
-    # part of each block, and of the root, to which all else belongs.
+    # The model: shapes without memory at first. `shard` gives each rank memory for its
+    # part of every block, and of the root, which is all that is in no block.
     world = init_distributed(flags.device, flags.dtype)
     folder, config, processor = open_checkpoint(flags)
     vlm = empty_model(config)
@@ -93,8 +93,8 @@ def train(flags: Flags) -> None:
     model.patch_decoder.init_from(vlm.language, flags.seed)
 
     # A batch may hold no image. The vision tower runs all the same: under FSDP all
-    # ranks have to. And alone too, for AdamW skips weights that have no gradient at
-    # all, so that one rank would train otherwise than two.
+    # ranks have to run it. One rank alone does so too: AdamW skips weights without any
+    # gradient, and one rank would train differently from two.
     vlm.run_vision_always = True
     vlm.set_checkpointing(flags.checkpointing)
 

@@ -3,7 +3,8 @@
 A checkpoint restores a run to the bit: weights and both moments of AdamW in float32,
 each rank its own part in its own file, and a dictionary with the step, the flags, where
 the data stood, and all lines of the log. The model is what others read: config.json,
-weights in the original checkpoint's dtype, tokenizer.
+weights in the original checkpoint's dtype, tokenizer, and what other tools need beside
+them (convert/export.py).
 
 Both are written beside the old ones and then renamed, so that a crash at any moment
 leaves one that is complete. log.jsonl grows line by line instead, for a reader; after a

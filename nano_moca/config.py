@@ -19,7 +19,7 @@ class VisionConfig:
     heads: int
     mlp_width: int
     out_width: int  # the decoder's width
-    act: str  # silu: RMSNorm and SwiGLU (2.5); quick_gelu: LayerNorm and MLP (2)
+    act: str  # silu: RMSNorm, SwiGLU (2.5); quick_gelu: LayerNorm, MLP (2); else Qwen3-VL's
     window: int  # side of an attention window in pixels, 0 for none
     full_blocks: tuple[int, ...]  # that attend to the full image (without windows, all do)
     patch: int  # side of a patch in pixels
@@ -46,7 +46,7 @@ class VisionConfig:
 class Config:
     """The decoder's shape, the vision tower's, and the file they were read from."""
 
-    family: str  # "qwen2_5_vl" or "qwen2_vl"
+    family: str  # "qwen2_5_vl", "qwen2_vl" or "qwen3_vl"
     vocabulary: int  # V, of the embedding; the tokenizer's ids may end earlier
     stored_vocabulary: int  # of the checkpoint's files: less if V grew for a mask token
     width: int  # D

@@ -1,6 +1,6 @@
 """Which model a checkpoint is: its config, and the VLM that this config describes.
 
-Qwen2-VL and Qwen2.5-VL are read by config.py and built by model.py. Qwen3-VL has
+Qwen2-VL and Qwen2.5-VL are read by convert/configs.py and built by model.py. Qwen3-VL has
 rooms of its own, in qwen3/, where only what differs is said; nothing of it is imported
 unless a checkpoint asks for it. Who adds a family adds it here.
 

@@ -41,7 +41,7 @@ from nano_moca.families import load_config
 from nano_moca.files import MocaError, first_lines, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
-from nano_moca.weights import find_checkpoint
+from nano_moca.weights import PROCESSOR_FILES, find_checkpoint
 
 
 def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
@@ -61,11 +61,11 @@ def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], Non
 def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
     """The folder of the checkpoint that --model names, its config and its processor.
 
-    Nothing big is read yet. MocaError says what is missing or not supported.
+    Nothing big is read yet (but a hub id is downloaded). MocaError says what is missing or not supported.
     """
     folder = find_checkpoint(flags.model)
     config = load_config(folder)
-    tools = find_checkpoint(flags.processor) if flags.processor else folder
+    tools = find_checkpoint(flags.processor, PROCESSOR_FILES) if flags.processor else folder
     processor = Processor.load(tools, config, flags.min_pixels, flags.max_pixels)
 
     # A new mask token takes a padded row of the embedding, or a new row if none is free.

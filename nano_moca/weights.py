@@ -47,16 +47,17 @@ EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
 KERNEL = "visual.patch_embed.weight"  # a convolution's, and our matrix [E, 1176]
 SHARD_SIZE = "5GB"
-# Of a checkpoint on the hub.
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+# Of a checkpoint on the hub: what a processor needs, and beside it the weights.
+PROCESSOR_FILES = ("*.json", "*.jinja", "merges.txt")
+CHECKPOINT_FILES = (*PROCESSOR_FILES, "*.safetensors")
 TRAINED = ("F64", "F32", "F16", "BF16")  # the types that training gives, as files call them
 Header = list[tuple[str, Path, tuple[int, ...], str]]  # stored name, file, shape, type
 Found = dict[str, tuple[Path, str]]  # {our name: (file, stored name)}
 
 
-def find_checkpoint(name: str | Path, *patterns: str) -> Path:
+def find_checkpoint(name: str | Path, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
     """A local folder as it is; a hub id like "Qwen/Qwen2.5-VL-3B-Instruct" as its
-    download, of all files or those that fit `patterns`. MocaError if it is neither."""
+    download, of the files that fit `patterns`. MocaError if it is neither."""
     name = str(name)
     if os.path.isdir(name):
         return Path(name)
@@ -65,7 +66,7 @@ def find_checkpoint(name: str | Path, *patterns: str) -> Path:
 
     # Network, permission, spelling: whatever goes wrong, one line says which.
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns or DOWNLOADED)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         what = reason(error).splitlines()[0]
         raise MocaError(f"{name} is not a folder, nor on the hub ({what})") from None

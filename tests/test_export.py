@@ -356,3 +356,20 @@ def test_sentence_transformers_saves_it_again(golden: Path, tmp_path: Path) -> N
     moca = nano_moca.load(tmp_path / "model", "cpu")
     assert_close(model.encode([TEXTS[0], {"image": OWN[0], "text": "x"}]),
                  moca.embed([TEXTS[0], shown(OWN[0], "", "x")]))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen2-vl"])
+def test_what_a_start_left_out_is_written(name: str, golden: Path, tmp_path: Path) -> None:
+    """A config.json of old versions leaves out what has the class's default value; what is saved
+    from it can be read again, here and elsewhere."""
+    start = Path(shutil.copytree(golden / name, tmp_path / "start"))
+    raw = json.loads((start / "config.json").read_text())
+    for part in (raw, raw.get("text_config") or {}):
+        for place in (part, part.get("rope_scaling") or {}, part.get("rope_parameters") or {}):
+            place.pop("rope_theta", None)
+    (start / "config.json").write_text(json.dumps(raw))
+    save(start, tmp_path / "model", BIDIRECTIONAL)
+    first, second = load_config(start), load_config(tmp_path / "model")
+    assert replace(first, raw={}) == replace(second, raw={})
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert saved["text_config"]["rope_theta"] == 1e6

@@ -1,5 +1,8 @@
-"""Data as it is published, and as it lies about: what reads other people's files.
+"""Files of other tools: what reads what they write, and writes what they read.
 
+    configs.py     a checkpoint's config.json, in every form that it has had
+    settings.py    the file of its image processor
+    images.py      an image, as a viewer shows it
     tables.py      rows of parquet and Arrow files, of which little is ever in memory
     sources.py     the files of data in a folder; samples; an order for grouped rows
     export.py      what a saved model says of itself to transformers and others

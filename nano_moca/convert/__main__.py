@@ -131,7 +131,8 @@ def find_subsets(sources: list[str]) -> dict[str, list[Path]]:
         for copy in reversed(COPIES):
             chosen = [file for file in files if file.name.startswith(copy)] or chosen
         for file in sorted({*files} - {*chosen}):
-            print(one_line(f"{file} is left out: a copy of the pairs in {chosen[0].name}"))
+            print(one_line(f"{file} is left out: of this folder only {chosen[0].name} and files "
+                           "named like it are taken"))
         if folder.name in subsets:
             raise MocaError(f"{folder}: another folder has this name too: give one of them")
         subsets[folder.name] = chosen
@@ -152,7 +153,7 @@ def read_list(value: object, source: str) -> list[str]:
             value = "no literal"
     value = [] if value is None else value
     if not isinstance(value, list) or not {*map(type, value)} <= {str, type(None)}:
-        raise MocaError(f"{source}: its negatives are no list of texts: correct the row")
+        raise MocaError(f"{source}: its negatives are not a list of texts: correct the row")
     return value
 
 
@@ -161,7 +162,7 @@ def make_side(text: str | None, path: str | None, folder: Path, source: str) -> 
     # An image whose place nobody says stands in front.
     text, path = text or "", path or ""
     if not isinstance(text, str) or not isinstance(path, str):
-        raise MocaError(f"{source}: a text or path is none: correct the row")
+        raise MocaError(f"{source}: a text or path is not a string: correct the row")
     if path and IMAGE not in text:
         text = IMAGE + text
     text = text.replace(IMAGE, MARK if path else "")

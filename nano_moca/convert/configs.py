@@ -139,7 +139,7 @@ def parse_config(raw: dict, source: str = "config.json") -> Config:
     vision = VisionConfig(**tower_fields, full_blocks=tower.numbers(
         "fullatt_block_indexes", (7, 15, 23, 31), 0, tower_fields["depth"] - 1))
 
-    # A window is cut into groups, and has none in Qwen2-VL.
+    # A window is cut into groups (Qwen2-VL has no windows).
     side = vision.patch * vision.merge
     tower.check(vision.window % side == 0, "window_size", f"a multiple of {side}")
     axes = (0,) * frames + (1,) * rows + (2,) * columns

@@ -45,7 +45,7 @@ def write_companions(folder: Path, processor: Processor) -> None:
 
     MocaError if the starting checkpoint's tokenizer_config.json is malformed.
     """
-    raw = nested(read_json(folder / "config.json"))
+    raw = nested(read_json(folder / "config.json"), processor.config.rope_theta)
     write_json(folder / "config.json", raw)
     carry_over(folder, processor.source)
     describe_steps(folder, raw, processor.config.width)
@@ -55,8 +55,9 @@ def write_companions(folder: Path, processor: Processor) -> None:
         shutil.copymode(folder / "config.json", file)
 
 
-def nested(raw: dict) -> dict:
-    """The content of a config.json, flat or nested, in the nested form."""
+def nested(raw: dict, rope_theta: float) -> dict:
+    """The content of a config.json, flat or nested, in the nested form. rope_theta: the
+    value in use, which the file may leave out."""
     text = {key: value for key, value in raw.items() if key not in TOP + ("text_config",)}
     text |= raw.get("text_config") or {}
 
@@ -66,7 +67,7 @@ def nested(raw: dict) -> dict:
 
     # Newer and older readers look for these two in other places.
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    text = {"rope_scaling": rope, "rope_theta": rope.get("rope_theta")} | text
+    text = {"rope_scaling": rope, "rope_theta": rope_theta} | text
     text["tie_word_embeddings"] = raw["tie_word_embeddings"]
     text["model_type"] = f"{raw['model_type']}_text"
     return {key: raw[key] for key in TOP if key in raw} | {"text_config": text}

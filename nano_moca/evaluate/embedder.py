@@ -25,9 +25,8 @@ from nano_moca.families import load_config
 from nano_moca.files import MocaError, reason
 from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import (
-    empty_model, find_checkpoint, find_weights, load_weights, stored_dtype,
-)
+from nano_moca.weights import (PROCESSOR_FILES, empty_model, find_checkpoint, find_weights,
+                               load_weights, stored_dtype)
 
 TOKENS_AT_ONCE = 8192  # of one forward pass of `embed`, about
 
@@ -150,7 +149,7 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
          pooling: str | None = None, min_pixels: int | None = None,
          max_pixels: int | None = None, max_tokens: int | None = None,
          processor: str | Path | None = None, allow_extra: bool = False) -> Moca:
-    """Load a Qwen2-VL, Qwen2.5-VL or MoCa checkpoint.
+    """Load a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or MoCa checkpoint.
 
     device: default CUDA if there is one. dtype: default float32 on CPU, the
     checkpoint's own on CUDA. attention: "bidirectional" or "causal", pooling: "mean" or
@@ -180,8 +179,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     if said.values.get("max_tokens") is not None:
         max_tokens = said.number("max_tokens", 1, 1, 10**9)
 
-    # Of another checkpoint no weights are needed.
-    files = find_checkpoint(processor, "*.json") if processor else folder
+    # From --processor only tokenizer and image processor are taken, no weights.
+    files = find_checkpoint(processor, PROCESSOR_FILES) if processor else folder
     prepare = Processor.load(files, config, min_pixels, max_pixels)
     if dtype is None:
         dtype = stored_dtype(config) if device.type == "cuda" else torch.float32
