@@ -194,7 +194,12 @@ LINES = {  # name: (content, expected)
     "control characters": (b'{"text": "one", "images": ["a\\u001b[2Jb\\nok"]}', ["! d.jsonl:1"]),
     "overlong utf-8": (b'{"text": "\xc0\xaf"}', ["! d.jsonl:1"]),
     "one brace": (b"{\n" + ONE, ["! d.jsonl:1", "one"]), "python": (b'{"text": u"one"}', ["! d.jsonl:1"]),
-    "a comment": (b"// rows\n" + ONE, ["! d.jsonl:1", "one"]), "200,000 blank": (b"\n" * 200_000 + ONE, ["one"])}
+    "a comment": (b"// rows\n" + ONE, ["! d.jsonl:1", "one"]), 
+    "negative zero": (b'{"text": "one", "images": -0}', ["! d.jsonl:1"]), "long key": (b'{"text": "one", "' + b"k" * 10**6 + b'": 1}', ["one"]),
+    "utf-8 in keys": ('{"täxt": 1, "text": "one"}'.encode(), ["one"]), "a lone pad": (fields(text="<|image_pad|>"), ["! d.jsonl:1"]),
+    "utf-32": (ONE.decode().encode("utf-32"), ["one"]), "utf-16 big": (ONE.decode().encode("utf-16-be"), ["one"]),
+    "csv": (b"text,images\none,\n", ["! :1", "! :2"]), "yaml": (b"- text: one\n", ["! :1"]), "two lines a row": (b'{"text":\n"one"}', ["! :1", "! :2"]),
+    "200,000 blank": (b"\n" * 200_000 + ONE, ["one"])}
 
 
 def try_lines() -> None:
@@ -366,6 +371,12 @@ def try_folders() -> None:
     for suffix in (".jsonl.gz", ".json", ".csv", ".tsv", ".txt.gz", ".zst", ".ndjson", ".feather", ".tar", ".jsonl.part"):
         cases[f"beside {suffix}"] = names_of(f"a{suffix}", f"sub/b{suffix}")
         cases[f"alone {suffix}"] = alone(f"a{suffix}")
+    cases["a link that is the folder"] = lambda: (put("b.jsonl"), Path("l").symlink_to("data"), compare(rows_of("l"), ["one"]))
+    cases["link to a folder, twice"] = lambda: (put("s/b.jsonl"), [Path("data", n).symlink_to("s") for n in ("a", "z")], compare(rows_of("data"), ["one"]))
+    cases["folder called a picture"] = lambda: (put("x.png/b.jsonl"), compare(rows_of("data"), ["one"]))
+    cases["folder called hidden"] = lambda: (put("b.jsonl", TWO), put(".cache/huggingface/b.jsonl"), compare(rows_of("data"), ["two"]))
+    cases["100,000 pictures"] = lambda: (put("b.jsonl", TWO), Path("data/p").mkdir(), [Path(f"data/p/{n}.png").touch() for n in range(100_000)], compare(rows_of("data"), ["two"]))
+    cases["a hundred suffixes"] = lambda: (put("b.jsonl", TWO), [put(f"x.s{n}") for n in range(100)], compare(rows_of("data"), ["two"]))
     cases["pictures are not named"] = lambda: passes("a.png", "c.JPG", "d.webp")
     del cases["forbidden link"]
     for name, act in cases.items():
@@ -907,6 +918,9 @@ def try_converter() -> None:
         archive(f"leads out inside|{kind}", [a, ("C/../../../evil.png", b"x")], "arch/x")
         archive(f"point|{kind}", [("./C/a.png", png)], "pairs")
         archive(f"stranger|{kind}", [a, ("a\x1b[2J\n.png", b"x")], "pairs")
+        archive(f"folders twice|{kind}", [("C/", b""), ("C/", b""), a] if kind == "x.zip" else [a], "pairs")
+        archive(f"data inside|{kind}", [a, ("C/x.jsonl", b"bad"), ("x.parquet", b"bad")], "pairs")
+        archive(f"long name|{kind}", [a, ("C/" + "n" * 300 + ".png", b"x")], "arch/x")
         archive(f"twice the same|{kind}", [a, a], "arch/x" if kind == "x.zip" else "pairs")
         archive(f"a file as folder|{kind}", [("C", b"x"), a], "arch/x")
         archive(f"bomb|{kind}.gz" if kind == "x.tar" else f"bomb|{kind}", [a, ("C/bomb", bytes(2**28))], "pairs")
