@@ -19,7 +19,8 @@ data is executed. A row that cannot be used is a MocaError that names its file a
 A path written in the data stays inside the folder of its file; links that lie in that
 folder are the user's own, and followed.
 
-Left out: streaming, from the hub or from archives (nano_moca.convert unpacks archives).
+Left out: streaming, from the hub or from archives (nano_moca.convert unpacks archives);
+pictures that are equal under two paths count as two.
 What a step takes of the data is the subject of batches.py.
 """
 

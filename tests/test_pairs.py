@@ -98,7 +98,8 @@ def test_lines_without_a_task(tmp_path: Path, bad: object, says: str) -> None:
 @pytest.mark.parametrize(("bad", "says"), [
     (line(query="text"), "2 query"), (line(positive={"images": []}), "2 positive"),
     (line(negatives={"text": "a"}), "negatives"), (line(negatives=0), "negatives"),
-    (line(negatives=""), "negatives"), (line(negatives={}), "negatives"), (line(negatives=["a"]), "2 negative 1"),
+    (line(negatives=""), "negatives"), (line(negatives={}), "negatives"),
+    (line(negatives=["a"]), "2 negative 1"),
     (line(query={"text": "a", "images": ["../a.png"]}), "outside"),
     (line(query={"text": MARK, "images": ["none.png"]}), "none.png"),
     (line(positive={"text": " "}), "empty"), (line(positive={"text": MARK}), "1 image marks"),

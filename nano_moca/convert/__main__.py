@@ -12,8 +12,9 @@ parsed and never run. --output, which train_cl.py takes as --data, will hold
 
 "<|image_1|>" becomes our mark where there is an image, and goes where there is none. A
 negative without a text takes the first text of the others, or else the positive's (as
-released). --output appears when all is done. The disk has to have room for what is
-unpacked; memory grows with nothing but the names in an archive.
+released). --output appears when all is done, or not at all. The disk has to have room for
+what is unpacked; memory grows with nothing but the names in an archive. An archive that
+would write elsewhere is refused, as are two pictures of one path.
 """
 
 import ast
@@ -92,7 +93,7 @@ def unpack(archive: Path, folder: Path) -> None:
     if archive.suffix.lower() == ".zip":
         with zipfile.ZipFile(archive) as opened:
             # Python would give other names to these, or lose one of two.
-            names = opened.namelist()
+            names = [name for name in opened.namelist() if not name.endswith("/")]
             bad = [name for name in names if name[:1] == "/" or ".." in Path(name).parts]
             if bad or len({*names}) < len(names):
                 raise ValueError(f"names that lead outside, {bad[:1]}, or come twice")

@@ -1,7 +1,8 @@
 """Where rows come from: the files of data in a folder, a sample, rows in groups.
 
 A data folder holds more than data, links, and places that may not be read. What is no
-data is passed over by its name; what may be data and cannot be read is an error.
+data is passed over by its name, pictures silently, other files in one line that counts
+them; what may be data and cannot be read is an error.
 """
 
 import hashlib
@@ -55,17 +56,15 @@ def find_files(path: Path, pattern: str, suffixes: Sequence[str], seen: set | No
 
         for name in names:
             file = Path(parent, name)
-            if not fnmatchcase(os.path.relpath(file, path), pattern):
+            if is_picture(name) or not fnmatchcase(os.path.relpath(file, path), pattern):
                 continue
 
             # A link that leads nowhere may have been a folder: it is named as a file.
-            picture = str(guess_type(name, strict=False)[0]).startswith("image/")
-            lost = not picture and not os.path.exists(file)
-            if file.suffix.lower() in suffixes or lost:
+            if file.suffix.lower() in suffixes or not os.path.exists(file):
                 if identity(regular_file(file)) not in seen and not is_log(file):
                     files.append(file)
                 seen.add(identity(file))
-            elif not picture:
+            else:
                 others[file.suffix or name] += 1
     if others:
         counts = [f"{count} {name}" for name, count in sorted(others.items())]
@@ -83,6 +82,11 @@ def tell(line: str) -> None:
 def is_data(name: str) -> bool:
     """Whether a file or folder of this name is part of the data it lies in."""
     return not any(fnmatchcase(name, pattern) for pattern in NO_DATA)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is a picture: rows name those that they need."""
+    return str(guess_type(name, strict=False)[0]).startswith("image/")
 
 
 def is_log(file: Path) -> bool:
