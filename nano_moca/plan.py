@@ -113,8 +113,7 @@ def check_output(output: Path) -> None:
         # What is not there yet has to find a place.
         place = path if path.exists() else path.parent
         if output.exists() and not os.access(place, os.R_OK | os.W_OK):
-            raise MocaError(f"{place} may not be read and written: allow it, or choose another "
-                            "--output")
+            raise MocaError(f"{place} may not be read and written: allow it, or write elsewhere")
 
 
 def check_ours(path: Path, usual: bool) -> None:
@@ -170,5 +169,4 @@ def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
         raise MocaError(f"--resume: {saved['step']} steps are done, more than {flags.steps}: "
                         "raise --steps")
     if saved.pop("digest") != digest(saved):
-        raise MocaError("--resume: the checkpoint's state is not as it was saved: start anew "
-                        "without --resume")
+        raise MocaError("--resume: the checkpoint's state is not as it was saved: start anew")
