@@ -24,10 +24,10 @@ import numpy as np
 
 from nano_moca.builtin.base import run_script, train_base
 from nano_moca.config import BASE
-from nano_moca.evaluate import main as evaluate
+from nano_moca.evaluate.__main__ import main as evaluate
 from nano_moca.files import MocaError, read_json, write_json
 from nano_moca.flags import flag, main_guard, parse_flags
-from nano_moca.report.pictures import picture
+from nano_moca.report.pictures import panels, picture
 
 
 class Arm(NamedTuple):
@@ -135,26 +135,26 @@ def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
     return np.array([run["tasks"][task]["recall@1"] for run in seeds.values()])
 
 
-def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
+@picture
+def plot(figure: Any, results: dict[str, dict[str, dict]]) -> None:
     """One row per arm: the mean of recall@1 over seeds as a bar, minimum to maximum as
     an error bar, each seed as a dot; both ways."""
-    with picture(path, (11, 1 + 0.42 * len(results)), dpi=120, layout="constrained") as figure:
-        axes = figure.subplots(1, len(SHOWN), sharey=True)
-        for axis, task in zip(axes, SHOWN, strict=True):
-            for row, seeds in enumerate(results.values()):
-                values = recalls(seeds, task)
-                mean = values.mean()
-                spread = [[mean - values.min()], [values.max() - mean]]
+    axes = panels(figure, 1, len(SHOWN), 5.5, 1 + 0.42 * len(results))[0]
+    for axis, task in zip(axes, SHOWN, strict=True):
+        for row, seeds in enumerate(results.values()):
+            values = recalls(seeds, task)
+            mean = values.mean()
+            spread = [[mean - values.min()], [values.max() - mean]]
 
-                # The first bar is dark, since the others are compared with it.
-                colour = "#9db4d8" if row else "#1f4e9c"
-                axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
-                axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
+            # The first bar is dark, since the others are compared with it.
+            colour = "#9db4d8" if row else "#1f4e9c"
+            axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
+            axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
+        axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=[])
+        axis.invert_yaxis()
 
-            # Both axes are the same, and the arms are named on the left one.
-            axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=range(len(results)))
-            axis.set_yticklabels([ARMS[name].about for name in results])
-        axes[0].invert_yaxis()
+    # The arms are named on the left.
+    axes[0].set_yticks(range(len(results)), [ARMS[name].about for name in results])
 
 
 def ablate(flags: Flags) -> None:
