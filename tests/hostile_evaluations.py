@@ -273,7 +273,7 @@ def outputs() -> None:
 
     for name in ("model/tokenizer.json", "model/../model/config.json"):
         tried(kind, name, lambda f, name=name: in_model(f, name), "--model", safe=files)
-    tried(kind, "the model's folder", lambda f: in_model(f, "model"), "ordinary", safe=files)
+    tried(kind, "the model's folder", lambda f: in_model(f, "model"), "--model", safe=files)
 
     def twice(folder: Path, name: str) -> Callable:
         """After a good run, what it wrote is the next one's input."""

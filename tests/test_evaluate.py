@@ -285,7 +285,7 @@ def test_a_file_in_the_place_of_kept_vectors_is_known_before_the_work(
         folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(main_module, "make_embedder", lambda _: pytest.fail("the work began"))
     (folder / "v.vectors").write_text("of the user")
-    with pytest.raises(MocaError, match="v cannot be written"):
+    with pytest.raises(MocaError, match="v.vectors cannot be written"):
         main(["embed", "--model", "m", "--input", "i", "--output", str(folder / "v")])
     assert (folder / "v.vectors").read_text() == "of the user"
 

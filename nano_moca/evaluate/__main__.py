@@ -187,6 +187,7 @@ def claim_output(flags: ModelFlags) -> Iterator[None]:
             output.parent.mkdir(parents=True, exist_ok=True)
             fresh.touch()
             fresh.unlink()
+    with writing(kept):
         kept.mkdir(exist_ok=True)
         marker = open(kept / MARKER, "a")
     with marker:

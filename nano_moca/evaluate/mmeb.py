@@ -91,11 +91,8 @@ def meta_tasks(names: list[str]) -> dict[str, list[str]]:
     """The tasks over which the benchmark reports a mean, by the name of that mean.
     names: of the tasks that are there, which need not be all."""
     # Four kinds, two halves across them, and all.
-    groups, inside, outside = {}, [], []
-    for kind, halves in KINDS.items():
-        first, second = map(str.split, halves)
-        groups[kind] = first + second
-        inside += first
-        outside += second
-    everything = {"overall": inside + outside}
-    return groups | {"in distribution": inside, "out of distribution": outside} | everything
+    inside, outside = map(" ".join, zip(*KINDS.values(), strict=True))
+    groups = {kind: " ".join(halves) for kind, halves in KINDS.items()}
+    groups |= {"in distribution": inside, "out of distribution": outside,
+               "overall": f"{inside} {outside}"}
+    return {group: members.split() for group, members in groups.items()}
