@@ -16,6 +16,8 @@ bidirectionally, or left causal.
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +26,19 @@ import numpy as np
 
 from nano_moca.builtin.base import run_script, train_base
 from nano_moca.config import BASE
-from nano_moca.evaluate import main as evaluate
+from nano_moca.evaluate.__main__ import main as evaluate
 from nano_moca.files import MocaError, read_json, write_json
 from nano_moca.flags import flag, main_guard, parse_flags
-from nano_moca.report.pictures import picture
+from nano_moca.report.pictures import panels, picture
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A MocaError that names the file, if its content is not what we left in it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise MocaError(f"{path} is not ours, or damaged ({error!r}): move it away") from None
 
 
 class Arm(NamedTuple):
@@ -97,9 +108,10 @@ def train(script: str, model: Path, folder: Path, seed: int, more: str) -> float
 
     # From its log, so that breaks between its parts do not count.
     seconds = 0.0
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        step = json.loads(line)
-        seconds += step["tokens"] / step["tokens_per_second"]
+    with reading(folder / "log.jsonl"):
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            step = json.loads(line)
+            seconds += step["tokens"] / step["tokens_per_second"]
     return seconds / 60
 
 
@@ -127,7 +139,16 @@ def scores(name: str, seed: int, flags: Flags) -> dict[str, Any]:
     test = stage_2 / "test.json"
     if not test.exists():
         evaluate(["builtin", "--model", str(stage_2 / "model"), "--output", str(test)])
-    return {"minutes": round(minutes, 1), "tasks": read_json(test)["tasks"]}
+    with reading(test):
+        run = {"minutes": round(minutes, 1), "tasks": read_json(test)["tasks"]}
+        check({"this seed": run})
+    return run
+
+
+def check(seeds: dict[str, dict]) -> None:
+    """Raises one error or another unless these are an arm's seeds, with their scores."""
+    for task in SHOWN:
+        recalls(seeds, task).astype(float).mean()
 
 
 def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
@@ -135,26 +156,26 @@ def recalls(seeds: dict[str, dict], task: str) -> np.ndarray:
     return np.array([run["tasks"][task]["recall@1"] for run in seeds.values()])
 
 
-def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
+@picture
+def plot(figure: Any, results: dict[str, dict[str, dict]]) -> None:
     """One row per arm: the mean of recall@1 over seeds as a bar, minimum to maximum as
     an error bar, each seed as a dot; both ways."""
-    with picture(path, (11, 1 + 0.42 * len(results)), dpi=120, layout="constrained") as figure:
-        axes = figure.subplots(1, len(SHOWN), sharey=True)
-        for axis, task in zip(axes, SHOWN, strict=True):
-            for row, seeds in enumerate(results.values()):
-                values = recalls(seeds, task)
-                mean = values.mean()
-                spread = [[mean - values.min()], [values.max() - mean]]
+    axes = panels(figure, 1, len(SHOWN), 5.5, 1 + 0.42 * len(results))[0]
+    for axis, task in zip(axes, SHOWN, strict=True):
+        for row, seeds in enumerate(results.values()):
+            values = recalls(seeds, task)
+            mean = values.mean()
+            spread = [[mean - values.min()], [values.max() - mean]]
 
-                # The first bar is dark, since the others are compared with it.
-                colour = "#9db4d8" if row else "#1f4e9c"
-                axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
-                axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
+            # The first bar is dark, since the others are compared with it.
+            colour = "#9db4d8" if row else "#1f4e9c"
+            axis.barh(row, mean, xerr=spread, capsize=4, color=colour)
+            axis.plot(values, [row] * len(values), "o", color="#222222", markersize=4)
+        axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=[])
+        axis.invert_yaxis()
 
-            # Both axes are the same, and the arms are named on the left one.
-            axis.set(title=f"{task}: recall@1", xlim=(0, 1), yticks=range(len(results)))
-            axis.set_yticklabels([ARMS[name].about for name in results])
-        axes[0].invert_yaxis()
+    # The arms are named on the left.
+    axes[0].set_yticks(range(len(results)), [ARMS[name].about for name in results])
 
 
 def ablate(flags: Flags) -> None:
@@ -164,7 +185,10 @@ def ablate(flags: Flags) -> None:
     if not set(arms) <= ARMS.keys():
         raise MocaError(f"--arms {flags.arms}: the arms are {', '.join(ARMS)}")
     table = Path(flags.output) / "ablations.json"
-    results = read_json(table) if table.exists() else {}
+    with reading(table):
+        results = read_json(table) if table.exists() else {}
+        for name in results:
+            check(results[ARMS[name] and name])
 
     # Every arm once before any a second time.
     for seed in range(flags.seeds):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -118,16 +119,13 @@ def seconds(engine: Callable, batch: Batch, backward: bool) -> float:
 
 def speeds(engines: tuple, batches: list[Batch], backward: bool) -> list[float]:
     """Tokens per second of each engine. They take turns."""
-    tokens = 0
-    spent = torch.zeros(len(engines))
-    for batch in batches:
-        tokens += len(batch.tokens)
-        rounds = torch.zeros(1 + REPEATS, len(engines))
-        for turn in rounds:
-            turn[:] = torch.tensor([seconds(engine, batch, backward) for engine in engines])
+    times = np.zeros((1 + REPEATS, len(batches), len(engines)))
+    for turn, batch, engine in np.ndindex(times.shape):
+        times[turn, batch, engine] = seconds(engines[engine], batches[batch], backward)
 
-        # Without the first, which is the warm-up.
-        spent += rounds[1:].median(0).values
+    # Without the first turn, which is the warm-up.
+    spent = np.median(times[1:], 0).sum(0)  # of each engine
+    tokens = sum(len(batch.tokens) for batch in batches)
     return (tokens / spent).tolist()
 
 

@@ -84,7 +84,7 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
 
         # None and False would tell a reader of --help nothing: the help text does.
         about = field.metadata["help"]
-        if field.default is not None and field.type is not bool:
+        if field.default not in (None, "") and field.type is not bool:
             about += " (default: %(default)s)"
 
         # A bool is a switch; any other flag takes a value of the field's type.
@@ -100,7 +100,7 @@ def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
         # An unset variable of the shell: a path "" would mean the current folder.
         value = getattr(flags, field.name)
         if isinstance(value, str) and not value.strip():
-            parser.error(f"{names[field.name]} is empty: give a value, or leave it out")
+            parser.error(f"{names[field.name]} is empty: give a value")
 
         # Argparse knows no ranges; asked this way round, nan is refused too.
         low, high = field.metadata["low"], field.metadata["high"]

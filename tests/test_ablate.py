@@ -170,3 +170,27 @@ def test_the_nano_base_is_made_by_the_script(made: list, tmp_path: Path,
     assert (two.steps, two.seed, two.output) == (1600, 0, "other")
     assert {one.model, two.model} == {str(start)}
     assert {(run.data, run.objective) for run in (one, two)} == {("builtin:base", "next-token")}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"none": 1}', '{"none": {"seed 0": []}}',
+                                     '{"of another version": {}}', '{"none": {"seed 0": {"tasks":'
+                                     '{"scene-to-caption": {"recall@1": "much"}}}}}'])
+def test_a_table_that_is_damaged_stays(made: list, tmp_path: Path, content: str) -> None:
+    """It is named before anything is run."""
+    (tmp_path / "ablations.json").write_text(content)
+    with pytest.raises(MocaError, match="ablations.json"):
+        ablate.ablate(Flags("none", 1, str(tmp_path)))
+    assert not made and (tmp_path / "ablations.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "test.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tasks": 1}', '{"tokens": 1}'])
+def test_a_run_that_is_damaged_is_named(made: list, tmp_path: Path, name: str, content: str
+                                        ) -> None:
+    """Its file, in one line; and the table of before stays."""
+    ablate.ablate(Flags("none", 1, str(tmp_path)))
+    before = (tmp_path / "ablations.json").read_text()
+    (tmp_path / "cl-none-0" / name).write_text(content)
+    with pytest.raises(MocaError, match=name):
+        ablate.ablate(Flags("none", 1, str(tmp_path)))
+    assert (tmp_path / "ablations.json").read_text() == before

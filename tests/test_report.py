@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from nano_moca import Moca, MocaError, Record
@@ -23,7 +25,7 @@ from nano_moca.batch import Pair
 from nano_moca.distributed import World
 from nano_moca.report import stage1, stage2
 from nano_moca.report.curves import plot_losses
-from nano_moca.report.pictures import picture
+from nano_moca.report.pictures import panels, picture
 from nano_moca.report.ranking import Ranking, rank_pairs
 from nano_moca.report.stage1 import mean
 
@@ -43,13 +45,20 @@ TEXTS = {
 }
 
 
-def save(path: Path, text: str = "a title") -> None:
+@picture
+def save(figure: Figure, text: str = "a title") -> None:
     """A small picture with a text at every place that texts have."""
-    with picture(path, (3, 2), dpi=50) as figure:
-        axis = figure.subplots()
-        axis.set(title=text, xlabel=text, ylabel=text)
-        axis.set_xticks([0, 1], [text, text])
-        axis.text(0.5, 0.5, text)
+    axis = panels(figure, 1, 1, 3, 2)[0, 0]
+    axis.set(title=text, xlabel=text, ylabel=text)
+    axis.set_xticks([0, 1], [text, text])
+    axis.text(0.5, 0.5, text)
+
+
+@picture
+def fail(figure: Figure, error: BaseException) -> None:
+    """One that fails when something is drawn already."""
+    figure.subplots()
+    raise error
 
 
 def is_picture(path: Path) -> bool:
@@ -76,9 +85,7 @@ def test_a_picture_that_fails_is_one_line(tmp_path: Path, error: Exception, caps
     """And what stood there stays."""
     path = tmp_path / "a.png"
     path.write_bytes(b"before")
-    with picture(path, (3, 2), dpi=50) as figure:
-        figure.subplots()
-        raise error
+    fail(path, error)
     said = capsys.readouterr().out
     assert said.startswith("no picture a.png: ") and said.count("\n") == 1
     assert len(said) > len("no picture a.png: \n")
@@ -86,8 +93,18 @@ def test_a_picture_that_fails_is_one_line(tmp_path: Path, error: Exception, caps
 
 
 def test_an_interruption_is_no_failed_picture(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), picture(tmp_path / "a.png", (3, 2), dpi=50):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail(tmp_path / "a.png", KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "matplotlib.figure"])
+def test_a_library_that_is_broken_costs_pictures_alone(tmp_path: Path, moca: Moca, name: str,
+                                                       monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert report(tmp_path, moca, ["one"])["tasks"]["one"]["queries"] == 3
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["scores.json"]
+    said = capsys.readouterr().out
+    assert said.count("no picture") == 3 and name in said
 
 
 @pytest.mark.parametrize("size", [0, 100, 2000])
@@ -170,6 +187,25 @@ def test_scores_come_before_pictures(tmp_path: Path, moca: Moca, monkeypatch, ca
         "loss.png", "scores.json", "similarity.png"]
     said = capsys.readouterr().out
     assert said.count("no picture") == 1 and "retrieval.png: no font" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(99)])
+def test_a_bad_pair_costs_its_task_alone(tmp_path: Path, moca: Moca, content: bytes, capsys):
+    """What stands before it and behind it is scored and drawn."""
+    (tmp_path / "a.png").write_bytes(content)
+    bad = {"text": "<|vision_start|><|image_pad|><|vision_end|>", "images": ["a.png"]}
+    rows = [{"task": name, "kind": "image-text", "query": query, "positive": {"text": "b"}}
+            for name, query in (("one", {"text": "a"}), ("two\n", bad), ("three", {"text": "c"}))]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run").mkdir()
+    flags = Namespace(output=str(tmp_path / "run"), data=str(data), held_out=None, on_error="stop")
+    stage2.write_report(flags, MAIN, moca, LINES)
+    assert list(json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]) == [
+        "one", "three"]
+    said = capsys.readouterr().out
+    assert said.count("no report on two\\n: ") == 1 and f"{data}:2 query" in said
+    assert is_picture(tmp_path / "run" / "retrieval.png")
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, moca: Moca, capsys):

@@ -23,10 +23,3 @@ that names its item.) Every score comes with its chance level.
 What is done is kept in <output>.vectors, and an interrupted evaluation goes on where it
 stopped: see vectors.py.
 """
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line, from a list of words."""
-    from nano_moca.evaluate import __main__ as command  # imported late: `python -m` runs it
-
-    command.main(argv)

@@ -1,88 +1,150 @@
 """The command line of `python -m nano_moca.evaluate`, which __init__.py describes."""
 
-import argparse
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 
+from nano_moca import evaluate
 from nano_moca.batch import MARK
 from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
 from nano_moca.convert.sources import find_files
 from nano_moca.data import FILE_KINDS, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
 from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
-from nano_moca.files import MocaError, one_line, regular_file, write_json, writing
-from nano_moca.flags import Parser, main_guard
+from nano_moca.files import (
+    MARKER, MocaError, beside, one_line, regular_file, write_json, writing,
+)
+from nano_moca.flags import Parser, flag, main_guard, parse_flags
 from nano_moca.model import POOLINGS
+from nano_moca.plan import lock
 from nano_moca.report.ranking import Embed, Scores, rank_pairs
 
 BENCHMARKS = {"mmeb": mmeb, "vidore": vidore}
+MOST = 2**31 - 1  # of pixels or tokens
 
 
-def embed_file(args: argparse.Namespace) -> None:
+@dataclass
+class ModelFlags:
+    """Which model, and how it is run: flags of all commands."""
+
+    model: str = flag("", "checkpoint: a folder or a hub id (needed)")
+    output: str = flag("", "the file to write (needed)")
+    attention: str = flag(None, "default: as trained; bidirectional if unknown",
+                          choices=("bidirectional", "causal"))
+    pooling: str = flag(None, "default: as trained; mean, or last if causal", choices=POOLINGS)
+    dtype: str = flag(None, "default: float32 on cpu, the checkpoint's own on cuda",
+                      choices=("float32", "bfloat16"))
+    device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
+    min_pixels: int = flag(None, "smallest image area (default: the checkpoint's)", 1, MOST)
+    max_pixels: int = flag(None, "largest image area (default: the checkpoint's)", 1, MOST)
+    max_tokens: int = flag(None, "longer texts are shortened (default: as trained)", 1, MOST)
+    processor: str = flag(None, "checkpoint whose tokenizer and image processor to take "
+                          "(default: --model's)")
+    allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
+
+
+@dataclass
+class EmbedFlags(ModelFlags):
+    """Of the command `embed`."""
+
+    input: str = flag("", "JSON lines of text and images (needed)")
+    prompt: str = flag(None, "put beside images without words")
+
+
+@dataclass
+class BuiltinFlags(ModelFlags):
+    """Of the command `builtin`."""
+
+    split: str = flag("test", "which of the built-in pairs", choices=("test", "development"))
+
+
+@dataclass
+class MmebFlags(ModelFlags):
+    """Of the command `mmeb`."""
+
+    data: str = flag("", "folder with one subfolder per task (needed)")
+    images: str = flag(None, "the images' folder (default: --data)")
+
+
+@dataclass
+class VidoreFlags(ModelFlags):
+    """Of the command `vidore`."""
+
+    data: str = flag("", "folder with one subfolder per task (needed)")
+    prompt: str = flag("Represent the given document image.", "put beside each page")
+
+
+COMMANDS = {"embed": EmbedFlags, "builtin": BuiltinFlags, "mmeb": MmebFlags,
+            "vidore": VidoreFlags}
+
+
+def embed_file(flags: EmbedFlags) -> None:
     """The command `embed`."""
     # A wrong line is an error before the model is loaded.
-    records = [make_record(*row) for row in open_rows(args.input, columns=("text", "images"))]
+    output = Path(flags.output)
+    records = [make_record(*row) for row in open_rows(flags.input, columns=("text", "images"))]
 
     # The prompt stands beside what has no words of its own, such as pages.
     prompted = 0
     for record in records:
         words = record.text.replace(MARK, "").strip()
-        if args.prompt and record.images and not words:
-            record.text += f"\n{args.prompt}"
+        if flags.prompt and record.images and not words:
+            record.text += f"\n{flags.prompt}"
             prompted += 1
-        if os.path.realpath(args.output) in map(os.path.realpath, image_files(record)):
-            raise MocaError(f"--output {args.output} is an image of {record.source}: write "
-                            "elsewhere")
-    embed = make_embedder(args)
-    vectors = embed(records)  # [N, D]
-    save_vectors(Path(args.output), vectors)
-    print(f"{one_line(args.output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}, "
+        for image in image_files(record):
+            if beside(image, "") == beside(output, ""):
+                raise MocaError(f"--output {output} would write over {image}, an image of "
+                                f"{record.source}: write elsewhere")
+    vectors = make_embedder(flags)(records)  # [N, D]
+    save_vectors(output, vectors)
+    print(f"{one_line(output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}, "
           f"{prompted} of them with the prompt")
 
 
-def score_builtin(embed: Embed, args: argparse.Namespace) -> Scores:
+def score_builtin(embed: Embed, flags: BuiltinFlags) -> Scores:
     """The built-in tasks, and scenes of symbols that the nano base never met."""
     # In a scene of both kinds of symbols the known ones may be enough.
-    tasks = builtin_tasks(args.split)
+    tasks = builtin_tasks(flags.split)
     for name in ("scene-to-caption", "caption-to-scene"):
-        tasks[f"{name}, new symbols"] = BuiltinPairs(name, args.split, 0, NEW)
+        tasks[f"{name}, new symbols"] = BuiltinPairs(name, flags.split, 0, NEW)
     for name, task in tasks.items():
         yield name, rank_pairs(task, embed).scores()
 
 
-def task_folders(data: str) -> list[Path]:
-    """A benchmark's tasks: the folders in DATA that hold files of data."""
-    folders = []
-    for folder in sorted(Path(data).glob("[!.]*")):
-        if folder.is_dir() and find_files(folder, "*", FILE_KINDS):
-            folders.append(folder)
-    if not folders:
-        raise MocaError(f"--data {data} holds no task: give a folder with one subfolder per task")
-    return folders
-
-
-def score_tasks(embed: Embed, args: argparse.Namespace) -> Scores:
+def score_tasks(command: str, embed: Embed, flags: Any) -> Scores:
     """The scores of all tasks, as each is done."""
-    if args.command == "builtin":
-        yield from score_builtin(embed, args)
+    if command == "builtin":
+        yield from score_builtin(embed, flags)
         return
-    for folder in task_folders(args.data):
-        yield from BENCHMARKS[args.command].score_folder(folder, embed, args)
+
+    # A benchmark's tasks are the folders in DATA that hold files of data.
+    found = False
+    for folder in sorted(Path(flags.data).glob("[!.]*")):
+        if folder.is_dir() and find_files(folder, "*", FILE_KINDS):
+            yield from BENCHMARKS[command].score_folder(folder, embed, flags)
+            found = True
+    if not found:
+        raise MocaError(f"--data {flags.data} holds no task: give a folder with one subfolder "
+                        "per task")
 
 
-def score(args: argparse.Namespace) -> None:
+def score(command: str, flags: Any) -> None:
     """The commands that score. What is done stands in the file after each task."""
     tasks: dict[str, dict[str, float]] = {}
-    for name, scores in score_tasks(make_embedder(args), args):
+    for name, scores in score_tasks(command, make_embedder(flags), flags):
         # A task's first figure is the one that its benchmark reports.
         tasks[name] = scores
         metric = next(iter(scores))
-        means = averages(args.command, metric, tasks)
-        content = {"model": args.model, "tasks": tasks, f"average {metric}": means}
-        write_json(Path(args.output), content)
+        means = averages(command, metric, tasks)
+        content = {"model": flags.model, "tasks": tasks, f"average {metric}": means}
+        write_json(Path(flags.output), content)
 
         figures = [f"{key} {value:.4g}" for key, value in scores.items()]
         print(f"{one_line(name):32s}", *figures, flush=True)
@@ -109,79 +171,54 @@ def averages(command: str, metric: str, tasks: dict[str, dict[str, float]]) -> d
     return means
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """MocaError, before the work, unless --output can be written and is no file that is
-    read."""
-    output = Path(args.output)
+@contextmanager
+def claim_output(flags: ModelFlags) -> Iterator[None]:
+    """The work goes on inside it: --output can be written, is no file that is read, and
+    belongs to this evaluation alone. MocaError if that cannot be."""
+    output = Path(flags.output)
+    kept = Path(flags.output + ".vectors")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=Path(os.path.realpath(output)).parent).close()
 
-    # What an earlier evaluation wrote has its vectors beside it.
-    if output.exists():
-        regular_file(output)
-    if not output.exists() or Path(args.output + ".vectors").is_dir():
+        # What an earlier evaluation wrote has its vectors beside it.
+        check_inputs(flags, output, any(kept.glob("*.npy")))
+    with writing(kept):
+        kept.mkdir(exist_ok=True)
+        marker = open(kept / MARKER, "a")
+    with marker:
+        lock(marker, output)
+        yield
+
+
+def check_inputs(flags: ModelFlags, output: Path, earlier: bool) -> None:
+    """MocaError if a file that is read would be replaced by --output. earlier: it is an
+    earlier evaluation's, and may lie in a folder that is read."""
+    if not output.exists():
         return
+    regular_file(output)
     for name in ("model", "processor", "input", "data", "images"):
-        given = Path(vars(args).get(name) or os.devnull)
-        for file in (given, *given.rglob("*")):
+        given = Path(getattr(flags, name, None) or os.devnull)
+        below = () if earlier else given.rglob("*")
+        for file in (given, *below):
             if file.exists() and file.samefile(output):
                 raise MocaError(f"--output {output} is a file of --{name} {given}: write elsewhere")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Choose the command and run it."""
-    parser = Parser(prog="nano_moca.evaluate", allow_abbrev=False,
-                    description="Embed and score with a trained model.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    words = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="nano_moca.evaluate", usage=evaluate.__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    command = parser.parse_args(words[:1]).command
+    flags = parse_flags(COMMANDS[command], words[1:], f"nano_moca.evaluate {command}")
 
-    # Which model, and how it is run.
-    common = Parser(add_help=False)
-    common.add_argument("--model", required=True, help="checkpoint: a folder or a hub id")
-    common.add_argument("--output", required=True, help="the file to write")
-    common.add_argument("--attention", choices=("bidirectional", "causal"),
-                        help="default: as the model was trained; bidirectional if unknown")
-    common.add_argument("--pooling", choices=POOLINGS,
-                        help="default: as the model was trained; else mean, or last if causal")
-    common.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="default: float32 on cpu, the checkpoint's own on cuda")
-    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if any")
-    for limit in ("--min-pixels", "--max-pixels"):
-        common.add_argument(limit, type=int, metavar="N", help="default: the checkpoint's")
-    common.add_argument("--max-tokens", type=int, metavar="N",
-                        help="longer texts are shortened; default: as the model was trained")
-    common.add_argument("--processor", metavar="DIR|HUB_ID",
-                        help="whose tokenizer and image limits; default: the model's own")
-    common.add_argument("--allow-extra", action="store_true",
-                        help="leave out tensors that no part of the model wants")
-
-    # And on what, which each command says in its own flags.
-    shared = {"parents": [common], "allow_abbrev": False}
-    command = commands.add_parser("embed", help="items.jsonl to vectors.npy", **shared)
-    command.add_argument("--input", required=True, help="JSON lines of text and images")
-    command.add_argument("--prompt", help="put beside images without words")
-    command = commands.add_parser("builtin", help="score on the built-in tasks", **shared)
-    command.add_argument("--split", choices=("test", "development"), default="test")
-    command = commands.add_parser("mmeb", help="score on MMEB", **shared)
-    command.add_argument("--data", required=True, help="folder with one subfolder per task")
-    command.add_argument("--images", help="the images' folder (default: --data)")
-    command = commands.add_parser("vidore", help="score on ViDoRe", **shared)
-    command.add_argument("--data", required=True, help="folder with one subfolder per task")
-    command.add_argument("--prompt", default="Represent the given document image.",
-                         help="put beside each page (default: %(default)s)")
-
-    # Argparse knows no ranges, and takes "" for the current folder.
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if not str(value).strip():
-            parser.error(f"{flag} is empty: give a value")
-        if type(value) is int and not 1 <= value < 2**31:
-            parser.error(f"{flag} {str(value)[:20]} is not from 1 to {2**31 - 1}")
-    args.output = str(Path(args.output))  # without a last "/"
-    check_output(args)
-    run = embed_file if args.command == "embed" else score
-    run(args)
+    flags.output = str(Path(flags.output))  # without a last "/"
+    with claim_output(flags):
+        if command == "embed":
+            embed_file(flags)
+        else:
+            score(command, flags)
 
 
 if __name__ == "__main__":

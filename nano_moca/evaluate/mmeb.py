@@ -6,8 +6,8 @@ The first candidate is right; images lie under --images. The score is precision@
 often the first candidate comes first.
 """
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +30,10 @@ COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 Side = tuple[str, str]  # a text, and the path of its image or ""
 
 
-def score_folder(folder: Path, embed: Embed, args: argparse.Namespace) -> Scores:
+def score_folder(folder: Path, embed: Embed, flags: Any) -> Scores:
     """The scores of the task in a folder of --data."""
     # Many rows have the same sides: each is embedded once.
-    images = Path(args.images or args.data)
+    images = Path(flags.images or flags.data)
     records: list[Record] = []
     index_of: dict[Side, int] = {}
     questions: list[list[int]] = []  # a query, its right candidate, the others
@@ -44,11 +44,12 @@ def score_folder(folder: Path, embed: Embed, args: argparse.Namespace) -> Scores
                 if (text, path) not in index_of:
                     index_of[text, path] = len(records)
                     item = {"text": text, "images": [path] if path else []}
-                    records.append(make_record(item, images, source))
-                    if path and not (images / path).exists():
-                        raise MocaError(f"{source}: there is no {images / path}: unpack the "
+                    record = make_record(item, images, source)
+                    records.append(record)
+                    if path and not record.images[0].exists():
+                        raise MocaError(f"{source}: there is no {record.images[0]}: unpack the "
                                         "benchmark's images.zip, and name its folder by --images")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise MocaError(f"{source}: not an MMEB row ({error!r}): copy it again") from None
         questions.append([index_of[side] for side in sides])
 
@@ -90,11 +91,8 @@ def meta_tasks(names: list[str]) -> dict[str, list[str]]:
     """The tasks over which the benchmark reports a mean, by the name of that mean.
     names: of the tasks that are there, which need not be all."""
     # Four kinds, two halves across them, and all.
-    groups, inside, outside = {}, [], []
-    for kind, halves in KINDS.items():
-        first, second = map(str.split, halves)
-        groups[kind] = first + second
-        inside += first
-        outside += second
-    everything = {"overall": inside + outside}
-    return groups | {"in distribution": inside, "out of distribution": outside} | everything
+    inside, outside = map(" ".join, zip(*KINDS.values(), strict=True))
+    groups = {kind: " ".join(halves) for kind, halves in KINDS.items()}
+    groups |= {"in distribution": inside, "out of distribution": outside,
+               "overall": f"{inside} {outside}"}
+    return {group: members.split() for group, members in groups.items()}

@@ -7,9 +7,9 @@ meets old vectors. A part that is damaged is computed again. The folder may be d
 at any time.
 """
 
-import argparse
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,13 +100,13 @@ def read_vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return vectors if whole else None
 
 
-def make_embedder(args: argparse.Namespace) -> Embed:
+def make_embedder(flags: Any) -> Embed:
     """The model that the flags ask for, with its vectors kept beside the output."""
-    folder = find_checkpoint(args.model)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    moca = load(folder, args.device, dtype, args.attention, args.pooling,
-                args.min_pixels, args.max_pixels, max_tokens=args.max_tokens,
-                processor=args.processor, allow_extra=args.allow_extra)
+    folder = find_checkpoint(flags.model)
+    dtype = getattr(torch, flags.dtype) if flags.dtype else None
+    moca = load(folder, flags.device, dtype, flags.attention, flags.pooling,
+                flags.min_pixels, flags.max_pixels, max_tokens=flags.max_tokens,
+                processor=flags.processor, allow_extra=flags.allow_extra)
 
     # What the vectors depend on, beside the records; this code is part of it.
     files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
@@ -119,5 +119,5 @@ def make_embedder(args: argparse.Namespace) -> Embed:
     images = (moca.processor.image, moca.processor.min_pixels, moca.processor.max_pixels)
     words = moca.processor.tokenizer.to_str()
     identity = repr((str(folder.resolve()), sorted(stamps), settings, images, words))
-    kept = Path(args.output + ".vectors")
+    kept = Path(flags.output + ".vectors")
     return lambda records: embed_records(moca, records, kept, identity)

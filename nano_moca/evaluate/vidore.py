@@ -6,15 +6,15 @@
 
 An image is given as on the hub, or as a path from DATA/<task>. The score is nDCG@5: the
 gains of the first five pages, each divided by log2(1 + place), over what the best order
-would have. A page's gain is its relevance, as in trec_eval.
+would have. A page's gain is its relevance, as in trec_eval; if judged twice, the last one.
 
 ViDoRe-v2 is four data sets, three of them in four languages. A task's score is the mean
 of its languages' scores, as mteb has it; "<task>, english" is that of its English queries.
 The paper counts these as tasks too, seven in all; mteb averages over four.
 """
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ VERSION_2 = ["esg_reports_human_labeled_v2", "esg_reports_v2", "economics_report
 ENGLISH = ", english"  # after a task's name: its English queries
 
 
-def score_folder(folder: Path, embed: Embed, args: argparse.Namespace) -> Scores:
+def score_folder(folder: Path, embed: Embed, flags: Any) -> Scores:
     """The scores of the task in a folder of --data; and in English, if that is one of
     its languages."""
     corpus = read_table(folder / "corpus", "corpus-id", "image")
@@ -50,7 +50,7 @@ def score_folder(folder: Path, embed: Embed, args: argparse.Namespace) -> Scores
     # Pages stand beside a prompt, in the released code's spacing; questions alone.
     pages = []
     for _, image, source in corpus:
-        item = {"text": f"{MARK}\n{args.prompt}", "images": [image]}
+        item = {"text": f"{MARK}\n{flags.prompt}", "images": [image]}
         pages.append(make_record(item, folder, source))
     vectors = embed(pages + questions)  # [C + Q, D]
     similarities = cosines(vectors[len(pages) :], vectors[: len(pages)])  # [Q, C]
@@ -103,8 +103,8 @@ def read_relevance(folder: Path, corpus: list, queries: list) -> dict[str, np.nd
         known = query in relevance and page in columns
         if not (known and isinstance(score, (int, float)) and 0 <= score < 1e6):
             raise MocaError(
-                f"{source}: query {query} or page {page} is not among the task's, or {score} is "
-                "not a relevance: copy its three folders again")
+                f"{source}: query {query[:40]} or page {page[:40]} is not among the task's, or its "
+                "score is no relevance: copy its three folders again")
         relevance[query][columns[page]] = score
     return relevance
 
@@ -112,14 +112,19 @@ def read_relevance(folder: Path, corpus: list, queries: list) -> dict[str, np.nd
 def read_table(folder: Path, *columns: str) -> list[tuple]:
     """The columns of all rows in a folder, all but the last as text, and each row's
     source."""
-    # Ids may be numbers in one folder and texts in another. Few benchmarks say a
-    # language.
     table = []
     for fields, _, source in open_rows(folder, columns=columns):
-        if not isinstance(fields, dict) or not {"language", *fields} >= set(columns):
-            raise MocaError(f"{source}: a row needs {', '.join(columns)}: copy the file again")
-        *ids, value = map(fields.get, columns)
-        table.append((*map(str, ids), value, source))
+        # A null says nothing, and few benchmarks say a language.
+        row = {"language": ""}
+        if isinstance(fields, dict):
+            row |= {name: value for name, value in fields.items() if value is not None}
+
+        # Ids may be numbers in one folder and texts in another.
+        *names, value = map(row.get, columns)
+        if value is None or not {str, int} >= set(map(type, names)):
+            raise MocaError(f"{source}: a row needs {', '.join(columns)}, ids as texts or whole "
+                            "numbers: copy the file again")
+        table.append((*map(str, names), value, source))
     return table
 
 

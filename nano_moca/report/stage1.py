@@ -23,12 +23,12 @@ from torch import Tensor
 from nano_moca.batch import Batch, EncodedRecord
 from nano_moca.batches import TokenBatches
 from nano_moca.distributed import World
-from nano_moca.files import MocaError, one_line, write_json
+from nano_moca.files import one_line, write_json
 from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
 from nano_moca.report.curves import plot_losses
-from nano_moca.report.pictures import picture
+from nano_moca.report.pictures import panels, picture, report_on
 
 REPORT_TOKENS = 8192  # of unseen records
 Items = list[tuple[int, EncodedRecord]]  # (number in the run, record)
@@ -46,7 +46,7 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
     output = Path(flags.output)
     scores = mean_losses(lines)
     columns: list[list[View]] = []
-    try:
+    with report_on("unseen records", world):
         items = [item for item in next(unseen).micro_batches[0] if item[1].grids]
         if items and flags.objective == "restore":
             masking = flags.text_mask, flags.image_mask, flags.seed
@@ -55,10 +55,6 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
             # A column of the picture has room for one image.
             shown = [item for item in items if len(item[1].grids) == 1][:8]
             columns = restorations(model, processor, shown, *masking, world, causal)
-    except MocaError as error:
-        # The model is saved already: a bad record only costs the report.
-        if world.main:
-            print(f"no report on unseen records: {error}", flush=True)
 
     # The scores first: they are what counts.
     if world.main:
@@ -105,14 +101,12 @@ def cross_modal_report(
     items: records that hold an image and words. text_mask, image_mask, seed: as in
     training; a record's number in the run then says what of it is masked.
     """
-    # Every record in three forms, masked by the same random numbers in each.
-    special = processor.special_tokens.numpy()
     keys = [(seed, number) for number, _ in items]
-    records = [record for _, record in items]
-    wordless = [only(record, special, words=False) for record in records]
-    pictureless = [only(record, special, words=True) for record in records]
+    special = processor.special_tokens.numpy()
 
-    def words_restored(batch: Batch) -> float | None:
+    def words_restored(batch: Batch | None) -> float | None:
+        if batch is None:
+            return None
         masked = mask_batch(batch, processor, text_mask, 0.0, keys)
         tokens, _ = restore(model, masked, world.device, causal)
         return mean(tokens == masked.labels)
@@ -122,26 +116,27 @@ def cross_modal_report(
         _, pixels = restore(model, masked, world.device, causal)
         return mean((pixels - masked.target).square())
 
-    # Words, by the picture beside them.
+    # Every record in four forms, masked by the same random numbers in each.
+    records = [record for _, record in items]
     batch = processor.pack(records)
-    report: dict[str, float | None] = {}
-    report["words restored, right picture"] = words_restored(batch)
-    report["words restored, wrong picture"] = None
     wrong = other_pictures(batch)
-    if wrong is not None:
-        swapped = replace(batch, patches=wrong)
-        report["words restored, wrong picture"] = words_restored(swapped)
-    report["words restored, no picture"] = words_restored(processor.pack(pictureless))
-
-    # Patches, by the words beside them.
-    report["patch error, words visible"] = patch_error(batch, 0.0)
-    report["patch error, words masked as in training"] = patch_error(batch, text_mask)
-    report["patch error, no words"] = patch_error(processor.pack(wordless), 0.0)
+    swapped = None if wrong is None else replace(batch, patches=wrong)
+    wordless = processor.pack([only(record, special, words=False) for record in records])
+    pictureless = processor.pack([only(record, special, words=True) for record in records])
 
     # The mean of the very groups it is judged on: no other constant does better.
     target = mask_batch(batch, processor, 0.0, image_mask, keys).target  # [G, 4704]
-    report["patch error, best constant"] = mean((target - target.mean(0)).square())
-    return report
+    constant = mean((target - target.mean(0)).square())
+
+    # Words, by the picture beside them; patches, by the words.
+    return {
+        "words restored, right picture": words_restored(batch),
+        "words restored, wrong picture": words_restored(swapped),
+        "words restored, no picture": words_restored(pictureless),
+        "patch error, words visible": patch_error(batch, 0.0),
+        "patch error, words masked as in training": patch_error(batch, text_mask),
+        "patch error, no words": patch_error(wordless, 0.0),
+        "patch error, best constant": constant}
 
 
 def mean(values: Tensor) -> float | None:
@@ -220,16 +215,15 @@ def restorations(
     return columns
 
 
-def plot_restorations(path: Path, columns: list[list[View]]) -> None:
+@picture
+def plot_restorations(figure: Any, columns: list[list[View]]) -> None:
     """One column per record, as `restorations` gives them: masked, restored, original;
     below each picture, the words."""
-    with picture(path, (2.1 * len(columns), 8), dpi=110) as figure:
-        axes = figure.subplots(3, len(columns), squeeze=False)
-        for column, views in zip(axes.T, columns, strict=True):
-            for axis, (pixels, words) in zip(column, views, strict=True):
-                axis.imshow(pixels)
-                text = "\n".join(textwrap.wrap(words, 28)[:4])
-                axis.set_xlabel(text, fontsize=7)
-                axis.set(xticks=[], yticks=[])
-        for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
-            axis.set_ylabel(name)
+    axes = panels(figure, 3, len(columns), 2.1, 2.7)
+    for column, views in zip(axes.T, columns, strict=True):
+        for axis, (pixels, words) in zip(column, views, strict=True):
+            axis.imshow(pixels)
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel("\n".join(textwrap.wrap(words, 28)[:4]), fontsize=7)
+    for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
+        axis.set_ylabel(name)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from nano_moca.batch import Record
+from nano_moca.convert.images import open_image
 from nano_moca.data import load_tasks
 from nano_moca.distributed import World
 from nano_moca.evaluate.embedder import Moca
-from nano_moca.files import MocaError, one_line, write_json
-from nano_moca.convert.images import open_image
+from nano_moca.files import one_line, write_json
 from nano_moca.report.curves import plot_losses
-from nano_moca.report.pictures import picture
+from nano_moca.report.pictures import panels, picture, report_on
 from nano_moca.report.ranking import Ranking, rank_pairs
 from nano_moca.trainer import skip_list
 
@@ -39,18 +39,16 @@ def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> Non
     if flags.data == "builtin" and not flags.held_out:
         held_out = "builtin:development"
     unusable = [] if skip_list(flags, world) else None
-    scores, rankings = {}, {}
+    tasks, scores, rankings = {}, {}, {}
+    with report_on(held_out, world):
+        tasks = load_tasks(held_out, 0, unusable)
 
-    # On all ranks, as a sharded model needs.
-    try:
-        for name, task in load_tasks(held_out, 0, unusable).items():
+    # On all ranks, as a sharded model needs. A bad pair costs its task.
+    for name, task in tasks.items():
+        with report_on(name, world):
             pairs = [task[index] for index in range(min(REPORT_PAIRS, len(task)))]
             rankings[name] = rank_pairs(pairs, lambda records: moca.embed(records).numpy())
             scores[name] = rankings[name].scores()
-    except MocaError as error:
-        # The model is saved already: a bad pair only costs the report.
-        if world.main:
-            print(f"no report on {one_line(held_out)}: {error}", flush=True)
 
     # The scores first: they are what counts.
     if world.main:
@@ -63,32 +61,32 @@ def write_report(flags: Any, world: World, moca: Moca, lines: list[dict]) -> Non
 
         # The pictures need no model. Without a usable pair there is nothing to show.
         plot_losses(output / "loss.png", lines, ["loss", "accuracy"])
-        if rankings:
-            plot_retrieval(output / "retrieval.png", rankings)
-            plot_similarity(output / "similarity.png", rankings)
+        shown = list(rankings.items())[:SHOWN]
+        if shown:
+            plot_retrieval(output / "retrieval.png", shown)
+            plot_similarity(output / "similarity.png", shown)
         print(f"{one_line(output)}: the model is in model/, beside it scores.json and the pictures")
 
 
-def plot_retrieval(path: Path, rankings: dict[str, Ranking]) -> None:
+@picture
+def plot_retrieval(figure: Any, rankings: list[tuple[str, Ranking]]) -> None:
     """One row per task: a query, and its five best answers from left to right; right
     ones are framed."""
-    shown = list(rankings.items())[:SHOWN]
-    with picture(path, (12.5, 2.2 * len(shown)), dpi=100) as figure:
-        axes = figure.subplots(len(shown), 6, squeeze=False)
-        for row, (name, ranking) in zip(axes, shown, strict=True):
-            # The one in the middle: nobody chose it.
-            query = len(ranking.queries) // 2
-            show_record(row[0], ranking.queries[query], f"{one_line(name)[:20]}: query")
-            similarities = ranking.similarities[query]  # [C]
-            best = np.argsort(-similarities, kind="stable")[:5].tolist()
-            for axis, answer in zip(row[1:], best, strict=False):
-                show_record(axis, ranking.candidates[answer], f"cosine {similarities[answer]:.2f}")
-                if ranking.also_right[query, answer]:
-                    axis.spines[:].set(edgecolor="#1a9c3e", linewidth=4)
+    axes = panels(figure, len(rankings), 6, 2.1, 2.2)
+    for row, (name, ranking) in zip(axes, rankings, strict=True):
+        # The one in the middle: nobody chose it.
+        query = len(ranking.queries) // 2
+        show_record(row[0], ranking.queries[query], f"{one_line(name)[:20]}: query")
+        similarities = ranking.similarities[query]  # [C]
+        best = np.argsort(-similarities, kind="stable")[:5].tolist()
+        for axis, answer in zip(row[1:], best, strict=False):
+            show_record(axis, ranking.candidates[answer], f"cosine {similarities[answer]:.2f}")
+            if ranking.also_right[query, answer]:
+                axis.spines[:].set(edgecolor="#1a9c3e", linewidth=4)
 
-            # There may be fewer than five.
-            for axis in row[1 + len(best) :]:
-                axis.axis("off")
+        # There may be fewer than five.
+        for axis in row[1 + len(best) :]:
+            axis.axis("off")
 
 
 def show_record(axis: Any, record: Record, title: str) -> None:
@@ -106,17 +104,16 @@ def show_record(axis: Any, record: Record, title: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, transform=axis.transAxes)
 
 
-def plot_similarity(path: Path, rankings: dict[str, Ranking], size: int = 16) -> None:
+@picture
+def plot_similarity(figure: Any, rankings: list[tuple[str, Ranking]]) -> None:
     """One panel per task: cosines of its first queries (down) with their right answers
     (across)."""
-    shown = list(rankings.items())[:SHOWN]
-    with picture(path, (2.6 * len(shown) + 0.6, 3), dpi=120, layout="constrained") as figure:
-        axes = figure.subplots(1, len(shown), squeeze=False)
-        for axis, (name, ranking) in zip(axes[0], shown, strict=True):
-            # The diagonal is what each query should find.
-            similarities = ranking.similarities[:size][:, ranking.right[:size]]
-            drawn = axis.imshow(similarities, vmin=-0.2, vmax=1)
-            axis.set(title=one_line(name)[:28], xlabel="answers", xticks=[], yticks=[])
-            axis.title.set_fontsize(9)
-        axes[0, 0].set_ylabel("queries")
-        figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
+    axes = panels(figure, 1, len(rankings), 2.6, 3)[0]
+    for axis, (name, ranking) in zip(axes, rankings, strict=True):
+        # The diagonal is what each query should find.
+        similarities = ranking.similarities[:16][:, ranking.right[:16]]
+        drawn = axis.imshow(similarities, vmin=-0.2, vmax=1)
+        axis.set(xlabel="answers", xticks=[], yticks=[])
+        axis.set_title(one_line(name)[:28], fontsize=9)
+    axes[0].set_ylabel("queries")
+    figure.colorbar(drawn, ax=axes, label="cosine", shrink=0.8)
