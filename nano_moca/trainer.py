@@ -61,7 +61,8 @@ def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], Non
 def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
     """The folder of the checkpoint that --model names, its config and its processor.
 
-    Nothing big is read yet (but a hub id is downloaded). MocaError says what is missing or not supported.
+    Nothing big is read yet (but a hub id is downloaded). MocaError says what is missing
+    or not supported.
     """
     folder = find_checkpoint(flags.model)
     config = load_config(folder)
@@ -69,8 +70,7 @@ def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
     processor = Processor.load(tools, config, flags.min_pixels, flags.max_pixels)
 
     # A new mask token takes a padded row of the embedding, or a new row if none is free.
-    config = grow_vocabulary(config, processor.mask_token)
-    return folder, config, processor
+    return folder, grow_vocabulary(config, processor.mask_token), processor
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> AdamW:

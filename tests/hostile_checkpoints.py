@@ -25,7 +25,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1090,8 +1089,9 @@ for text in ("\ud800", "a\udfffb", "\udce4", "", " ", "\n\t\r", "\u3000\u2003", 
              "<|vision_start|><|image_pad|>", "a" * 5_000_001, " " * 10_000_000, "é" * 10_000_000):
     refused("text", repr(text)[:50], embedding([text]), "item 0")
 for text in ("\x00", "\x00\x01\x7f\x1b[31m", "\u200b", "\u202e\ufeff", "\U0010ffff", "e\u0301",
-             "<|im_end|>", "<|endoftext|>" * 5, "<|vision_start|><|vision_end|>", "<|im_start|>user",
-             "𓀀" * 50, "a\r\n" * 100, "<|image_pad", "<|IMAGE_PAD|>", "<｜image_pad｜>", "0" * 3000,
+             "<|im_end|>", "<|endoftext|>" * 5, "<|vision_start|><|vision_end|>",
+             "<|im_start|>user", "𓀀" * 50, "a\r\n" * 100, "<|image_pad",
+             "<|IMAGE_PAD|>", "<｜image_pad｜>", "0" * 3000,
              "\ufffd", "क्षि" * 30, "👩‍👩‍👧‍👦" * 20, "NaN", "null", "{}", "%s%n", "'; DROP TABLE"):
     works("text", repr(text)[:50], embedding([text]))
 for name, text in {"one word": "a" * 4_999_999, "spaces within": "a" + " " * 4_000_000 + "b",

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import nano_moca
 from nano_moca import MARK, Moca, MocaError, Record, ablate, benchmark
@@ -40,7 +39,6 @@ from nano_moca.checkpoint import save_model
 from nano_moca.distributed import World
 from nano_moca.evaluate import vectors
 from nano_moca.evaluate.__main__ import main
-from nano_moca.files import one_line
 from nano_moca.flags import parse_flags
 from nano_moca.report import stage1, stage2
 from nano_moca.report.curves import plot_losses

@@ -31,11 +31,11 @@ import torch
 
 import train_cl
 import train_cpt
-from nano_moca import MocaError, files as files_module, trainer
+from nano_moca import MocaError, files as files_module
 from nano_moca.checkpoint import REPORT
 from nano_moca.distributed import World
-from nano_moca.files import MARKER, fresh_folder, put_text, replace_folder, replacing, write_json
-from nano_moca.flags import CommonFlags, main_guard, parse_flags
+from nano_moca.files import MARKER, fresh_folder, put_text, replace_folder, write_json
+from nano_moca.flags import CommonFlags, parse_flags
 from nano_moca.trainer import Log, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -745,7 +745,6 @@ def resumed() -> None:
         only_2 = {
             f"place {value!r}": position(step=value) for value in ("1", -1, nan, None, 1.5, 10**30)
         }
-        fine = {"weights of", "flags with a key of '--x'"}
         for output, script, source in (
             ("o", train_cpt, "texts.jsonl"),
             ("o2", train_cl, "pairs.jsonl"),
