@@ -26,7 +26,7 @@ import numpy as np
 
 from nano_moca.builtin.base import run_script, train_base
 from nano_moca.config import BASE
-from nano_moca.evaluate.__main__ import main as evaluate
+from nano_moca.evaluate.command import main as evaluate
 from nano_moca.files import MocaError, read_json, write_json
 from nano_moca.flags import flag, main_guard, parse_flags
 from nano_moca.report.pictures import panels, picture

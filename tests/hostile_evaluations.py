@@ -38,7 +38,7 @@ from nano_moca.batch import Pair
 from nano_moca.checkpoint import save_model
 from nano_moca.distributed import World
 from nano_moca.evaluate import vectors
-from nano_moca.evaluate.__main__ import main
+from nano_moca.evaluate.command import main
 from nano_moca.flags import parse_flags
 from nano_moca.report import stage1, stage2
 from nano_moca.report.curves import plot_losses

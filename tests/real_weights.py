@@ -157,7 +157,7 @@ def card(args: argparse.Namespace, folder: Path) -> None:
 
 def esg(args: argparse.Namespace, folder: Path) -> None:
     """nDCG@5 of MoCa's weights on the human-labelled ESG reports, ours and mteb's."""
-    from nano_moca.evaluate.__main__ import main as evaluate
+    from nano_moca.evaluate.command import main as evaluate
 
     began = time.perf_counter()
     scores = folder / "vidore.json"

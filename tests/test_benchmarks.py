@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from nano_moca import MARK, Moca, MocaError, Record, files
 from nano_moca.builtin import NAMES, NEW, BuiltinPairs, builtin_tasks
 from nano_moca.evaluate import vectors
-from nano_moca.evaluate.__main__ import main
+from nano_moca.evaluate.command import main
 from nano_moca.evaluate.vidore import ndcg
 
 MODEL = Path(__file__).resolve().parent / "golden" / "qwen2.5-vl"

@@ -19,9 +19,9 @@ import torch
 import nano_moca
 from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.builtin import BuiltinPairs
-from nano_moca.evaluate import __main__ as main_module
+from nano_moca.evaluate import command as main_module
 from nano_moca.evaluate import vectors
-from nano_moca.evaluate.__main__ import main
+from nano_moca.evaluate.command import main
 from nano_moca.evaluate.vectors import AT_ONCE
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -23,7 +23,7 @@ from mteb.models.model_meta import ModelMeta
 
 import nano_moca
 from nano_moca.builtin import END, BuiltinPairs
-from nano_moca.evaluate.__main__ import main
+from nano_moca.evaluate.command import main
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDER = ROOT / "notebooks" / "embedder"

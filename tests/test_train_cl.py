@@ -26,7 +26,7 @@ from launching import (
     wait_for, words, write_data,
 )
 from nano_moca import MARK, MocaError, losses
-from nano_moca.evaluate.__main__ import main as evaluate
+from nano_moca.evaluate.command import main as evaluate
 from nano_moca.report import stage2
 
 SCRIPT = train_cl

@@ -1,0 +1,244 @@
+"""What a trained model is for: vectors of a list of items, and the benchmarks' scores.
+
+    python -m nano_moca.evaluate COMMAND --model DIR|HUB_ID ...
+
+    embed    --input items.jsonl --output vectors.npy [--prompt TEXT]
+    builtin  --output scores.json
+    mmeb     --data DIR --output scores.json
+    vidore   --data DIR --output scores.json
+
+`embed`: items.jsonl holds one object {"text": ..., "images": [...]} per line, the
+images beside it. vectors.npy is float32 [lines, D] of unit length, in the file's order:
+the best match of a query is the item with the largest dot product. --prompt stands, on
+a line of its own, beside each item that is an image without words, such as a page.
+
+`builtin`: the built-in tasks, each query among all answers of its task and their near
+twins. `mmeb` and `vidore` read the benchmarks' own files, parquet or JSON lines: see
+mmeb.py and vidore.py.
+
+Ties count as wrong: a model that maps everything to one point scores 0. (The released
+code counts them as right, and NaN too; here a vector that is not finite is an error
+that names its item.) Every score comes with its chance level.
+
+What is done is kept in <output>.vectors, and an interrupted evaluation goes on where it
+stopped: see vectors.py.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+
+from nano_moca.batch import MARK
+from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
+from nano_moca.convert.sources import find_files
+from nano_moca.data import FILE_KINDS, make_record, open_rows
+from nano_moca.evaluate import mmeb, vidore
+from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
+from nano_moca.files import (
+    MARKER, MocaError, beside, one_line, regular_file, write_json, writing,
+)
+from nano_moca.flags import Parser, flag, parse_flags
+from nano_moca.model import POOLINGS
+from nano_moca.plan import lock
+from nano_moca.report.ranking import Embed, Scores, rank_pairs
+
+BENCHMARKS = {"mmeb": mmeb, "vidore": vidore}
+MOST = 2**31 - 1  # of pixels or tokens
+
+
+@dataclass
+class ModelFlags:
+    """Which model, and how it is run: flags of all commands."""
+
+    model: str = flag("", "checkpoint: a folder or a hub id (needed)")
+    output: str = flag("", "the file to write (needed)")
+    attention: str = flag(None, "default: as trained; bidirectional if unknown",
+                          choices=("bidirectional", "causal"))
+    pooling: str = flag(None, "default: as trained; mean, or last if causal", choices=POOLINGS)
+    dtype: str = flag(None, "default: float32 on cpu, the checkpoint's own on cuda",
+                      choices=("float32", "bfloat16"))
+    device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
+    min_pixels: int = flag(None, "smallest image area (default: the checkpoint's)", 1, MOST)
+    max_pixels: int = flag(None, "largest image area (default: the checkpoint's)", 1, MOST)
+    max_tokens: int = flag(None, "longer texts are shortened (default: as trained)", 1, MOST)
+    processor: str = flag(None, "checkpoint whose tokenizer and image processor to take "
+                          "(default: --model's)")
+    allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
+
+
+@dataclass
+class EmbedFlags(ModelFlags):
+    """Of the command `embed`."""
+
+    input: str = flag("", "JSON lines of text and images (needed)")
+    prompt: str = flag(None, "put beside images without words")
+
+
+@dataclass
+class BuiltinFlags(ModelFlags):
+    """Of the command `builtin`."""
+
+    split: str = flag("test", "which of the built-in pairs", choices=("test", "development"))
+
+
+@dataclass
+class MmebFlags(ModelFlags):
+    """Of the command `mmeb`."""
+
+    data: str = flag("", "folder with one subfolder per task (needed)")
+    images: str = flag(None, "the images' folder (default: --data)")
+
+
+@dataclass
+class VidoreFlags(ModelFlags):
+    """Of the command `vidore`."""
+
+    data: str = flag("", "folder with one subfolder per task (needed)")
+    prompt: str = flag("Represent the given document image.", "put beside each page")
+
+
+COMMANDS = {"embed": EmbedFlags, "builtin": BuiltinFlags, "mmeb": MmebFlags,
+            "vidore": VidoreFlags}
+
+
+def embed_file(flags: EmbedFlags) -> None:
+    """The command `embed`."""
+    # A wrong line is an error before the model is loaded.
+    output = Path(flags.output)
+    records = [make_record(*row) for row in open_rows(flags.input, columns=("text", "images"))]
+
+    # The prompt stands beside what has no words of its own, such as pages.
+    prompted = 0
+    for record in records:
+        words = record.text.replace(MARK, "").strip()
+        if flags.prompt and record.images and not words:
+            record.text += f"\n{flags.prompt}"
+            prompted += 1
+        for image in image_files(record):
+            if beside(image, "") == beside(output, ""):
+                raise MocaError(f"--output {output} would write over {image}, an image of "
+                                f"{record.source}: write elsewhere")
+    vectors = make_embedder(flags)(records)  # [N, D]
+    save_vectors(output, vectors)
+    print(f"{one_line(output)}: {len(vectors)} unit vectors of width {vectors.shape[1]}, "
+          f"{prompted} of them with the prompt")
+
+
+def score_builtin(embed: Embed, flags: BuiltinFlags) -> Scores:
+    """The built-in tasks, and scenes of symbols that the nano base never met."""
+    # In a scene of both kinds of symbols the known ones may be enough.
+    tasks = builtin_tasks(flags.split)
+    for name in ("scene-to-caption", "caption-to-scene"):
+        tasks[f"{name}, new symbols"] = BuiltinPairs(name, flags.split, 0, NEW)
+    for name, task in tasks.items():
+        yield name, rank_pairs(task, embed).scores()
+
+
+def score_tasks(command: str, embed: Embed, flags: Any) -> Scores:
+    """The scores of all tasks, as each is done."""
+    if command == "builtin":
+        yield from score_builtin(embed, flags)
+        return
+
+    # A benchmark's tasks are the folders in DATA that hold files of data.
+    found = False
+    for folder in sorted(Path(flags.data).glob("[!.]*")):
+        if folder.is_dir() and find_files(folder, "*", FILE_KINDS):
+            yield from BENCHMARKS[command].score_folder(folder, embed, flags)
+            found = True
+    if not found:
+        raise MocaError(f"--data {flags.data} holds no task: give a folder with one subfolder "
+                        "per task")
+
+
+def score(command: str, flags: Any) -> None:
+    """The commands that score. What is done stands in the file after each task."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, scores in score_tasks(command, make_embedder(flags), flags):
+        # A task's first figure is the one that its benchmark reports.
+        tasks[name] = scores
+        metric = next(iter(scores))
+        means = averages(command, metric, tasks)
+        content = {"model": flags.model, "tasks": tasks, f"average {metric}": means}
+        write_json(Path(flags.output), content)
+
+        figures = [f"{key} {value:.4g}" for key, value in scores.items()]
+        print(f"{one_line(name):32s}", *figures, flush=True)
+
+    # Tasks of another name are in the file, but in no mean of MMEB's.
+    shown = "; ".join(f"{name}: {mean:.3f}" for name, mean in means.items())
+    print(f"average {metric}:", shown or "no task has a name that the benchmark knows")
+
+
+def averages(command: str, metric: str, tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Means over tasks as the benchmark reports them. The count of tasks found is part
+    of each name."""
+    groups = {"overall": list(tasks)}
+    if command in BENCHMARKS:
+        groups = BENCHMARKS[command].meta_tasks(list(tasks))
+
+    # Not all tasks have to be there.
+    means = {}
+    for group, members in groups.items():
+        scores = [tasks[name][metric] for name in members if name in tasks]
+        if scores:
+            label = f"{group} ({len(scores)} of {len(members)} tasks)"
+            means[label] = float(np.mean(scores))
+    return means
+
+
+@contextmanager
+def claim_output(flags: ModelFlags) -> Iterator[None]:
+    """The work goes on inside it: --output can be written, is no file that is read, and
+    belongs to this evaluation alone. MocaError if that cannot be."""
+    output = Path(flags.output)
+    kept = Path(flags.output + ".vectors")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=Path(os.path.realpath(output)).parent).close()
+
+        # What an earlier evaluation wrote has its vectors beside it.
+        check_inputs(flags, output, any(kept.glob("*.npy")))
+    with writing(kept):
+        kept.mkdir(exist_ok=True)
+        marker = open(kept / MARKER, "a")
+    with marker:
+        lock(marker, output)
+        yield
+
+
+def check_inputs(flags: ModelFlags, output: Path, earlier: bool) -> None:
+    """MocaError if a file that is read would be replaced by --output. earlier: it is an
+    earlier evaluation's, and may lie in a folder that is read."""
+    if not output.exists():
+        return
+    regular_file(output)
+    for name in ("model", "processor", "input", "data", "images"):
+        given = Path(getattr(flags, name, None) or os.devnull)
+        below = () if earlier else given.rglob("*")
+        for file in (given, *below):
+            if file.exists() and file.samefile(output):
+                raise MocaError(f"--output {output} is a file of --{name} {given}: write elsewhere")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Choose the command and run it."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="nano_moca.evaluate", usage=__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    command = parser.parse_args(words[:1]).command
+    flags = parse_flags(COMMANDS[command], words[1:], f"nano_moca.evaluate {command}")
+
+    flags.output = str(Path(flags.output))  # without a last "/"
+    with claim_output(flags):
+        if command == "embed":
+            embed_file(flags)
+        else:
+            score(command, flags)
