@@ -183,19 +183,19 @@ def make_record(fields: object, folder: Path | None, source: str) -> Record:
 
     folder None: the caller is trusted, and gives images of any kind, from anywhere.
     """
-    # A file may hold anything: look before using it.
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        raise MocaError(f'{source}: no "text": write {{"text": "...", "images": [...]}}')
+    # A file may hold anything: look before using it. ("image" would be lost silently.)
+    usable = isinstance(fields, dict) and isinstance(fields.get("text"), str)
+    if not usable or "image" in fields:
+        raise MocaError(f'{source}: no "text", or "image" in place of "images": correct the item')
     images = fields.get("images")
-    images = [] if images is None else images
-    if not isinstance(images, (list, tuple)):
+    if not isinstance(images, (list, tuple, type(None))):
         raise MocaError(f'{source}: "images" is not a list: write [image, ...]')
 
     # From Python code they may be PIL images, and paths to any place.
     if folder is None:
-        return Record(fields["text"], list(images), source)
+        return Record(fields["text"], list(images or ()), source)
     folder = folder.resolve()
-    found = [find_image(image, folder, source) for image in images]
+    found = [find_image(image, folder, source) for image in images or ()]
     return Record(fields["text"], found, source)
 
 

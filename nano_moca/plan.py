@@ -128,7 +128,7 @@ def check_ours(path: Path, usual: bool) -> None:
                         f"(no {MARKER} names it): move it away, or choose another --output")
 
 
-def lock(marker: TextIO, output: Path) -> None:
+def lock(marker: TextIO | int, output: Path) -> None:
     """Keep other runs out of an output folder until its marker is closed, or the process
     dies. MocaError if one is at work there."""
     # Windows has no locks of this kind, nor have some network disks.

@@ -12,7 +12,7 @@ import pytest
 
 from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.batches import StepRecords, TokenBatches, balance
-from nano_moca.data import JsonLines, load_records, load_tasks, open_rows
+from nano_moca.data import JsonLines, load_records, load_tasks, make_record, open_rows
 
 LINES = [
     {"text": "words alone", "images": []},
@@ -542,3 +542,11 @@ def test_nothing_usable(make, tmp_path: Path) -> None:
     data.write_text("no\nno\n")
     with pytest.raises(MocaError, match="no record"):
         next(make(data=data, skipped=tmp_path / "skipped.jsonl"))
+
+
+@pytest.mark.parametrize("fields", [
+    {"text": "a", "image": "x.png"}, {"text": f"{MARK}", "image": ["x.png"]}, {"image": "x.png"}])
+def test_a_misspelt_key_loses_no_image(fields: dict) -> None:
+    """It would be embedded as text alone."""
+    with pytest.raises(MocaError, match='line 3: no "text", or "image" in place of "images"'):
+        make_record(fields, Path("."), "line 3")

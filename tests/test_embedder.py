@@ -101,7 +101,7 @@ def test_a_processor_from_elsewhere(checkpoint: Path, moca: Moca, tmp_path: Path
     monkeypatch.setattr("nano_moca.weights.snapshot_download", download)
     ours = nano_moca.load(checkpoint, "cpu", processor="owner/name")
     torch.testing.assert_close(ours.embed(["a text"]), expected)
-    assert fetched == [("owner/name", "*.json")]
+    assert fetched == [("owner/name", "*.json", "*.jinja", "merges.txt")]
 
 
 def test_a_processor_of_another_model(checkpoint: Path, golden: Path) -> None:

@@ -258,10 +258,13 @@ def test_two_evaluations_do_not_write_one_output(folder: Path):
     items = write(folder, {"text": "words"})
     embed(items)
     kept = folder / "made" / "vectors.npy.vectors"
-    with open(kept / ".nano_moca", "a") as marker:
-        fcntl.flock(marker, fcntl.LOCK_EX)
+    other = os.open(kept, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(MocaError, match="another run is at work"):
             embed(items)
+    finally:
+        os.close(other)
     embed(items)
 
 

@@ -193,7 +193,7 @@ def test_hub_id(golden: Path, moca: Moca, monkeypatch) -> None:
 
     monkeypatch.setattr(weights, "snapshot_download", download)
     assert equal_models(nano_moca.load("owner/name", "cpu"), moca)
-    assert asked == {"owner/name": ["*.json", "*.safetensors", "*.jinja", "merges.txt"]}
+    assert asked == {"owner/name": ["*.json", "*.jinja", "merges.txt", "*.safetensors"]}
 
 
 def test_wrong_choices(golden: Path) -> None:

@@ -41,9 +41,7 @@ from nano_moca.convert.sources import find_files
 from nano_moca.data import FILE_KINDS, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
 from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
-from nano_moca.files import (
-    MARKER, MocaError, beside, one_line, regular_file, write_json, writing,
-)
+from nano_moca.files import MocaError, beside, one_line, regular_file, write_json, writing
 from nano_moca.flags import Parser, flag, parse_flags
 from nano_moca.model import POOLINGS
 from nano_moca.plan import lock
@@ -208,10 +206,12 @@ def claim_output(flags: ModelFlags) -> Iterator[None]:
         check_inputs(flags, output, any(kept.glob("*.npy")))
     with writing(kept):
         kept.mkdir(exist_ok=True)
-        marker = open(kept / MARKER, "a")
-    with marker:
-        lock(marker, output)
+        folder = os.open(kept, os.O_RDONLY)
+    try:
+        lock(folder, output)
         yield
+    finally:
+        os.close(folder)
 
 
 def check_inputs(flags: ModelFlags, output: Path, earlier: bool) -> None:
