@@ -73,14 +73,11 @@ def shuffle(records: Sequence, generator: np.random.Generator) -> np.ndarray:
     return side_by_side(records, generator)
 
 
-class Steps:
+class Steps(Iterator):
     """What both stages do with records that cannot be used: stop, or count and list."""
 
     skipped: Path | None  # the list; None: the first such record stops the run
     state: dict[str, Any]  # all that the coming draws depend on, beside seed and data
-
-    def __iter__(self) -> "Steps":
-        return self
 
     def skip(self, error: MocaError) -> None:
         """Count and list what cannot be used, or stop."""

@@ -261,16 +261,14 @@ def record_key(record: Record) -> tuple:
 def make_pair(fields: dict, folder: Path, source: str) -> Pair:
     """A row of stage 2's data as a `Pair`; MocaError names the row and its part."""
     entries = fields.get("negatives")
-    entries = [] if entries is None else entries
-    if not isinstance(entries, list):
+    if not isinstance(entries, (list, type(None))):
         raise MocaError(f'{source}: "negatives" is not a list: write a list of records')
 
     # Each part is a record, and named in errors as this part of the row.
     query = make_record(fields.get("query"), folder, f"{source} query")
     positive = make_record(fields.get("positive"), folder, f"{source} positive")
-    negatives = []
-    for number, entry in enumerate(entries, 1):
-        negatives.append(make_record(entry, folder, f"{source} negative {number}"))
+    negatives = [make_record(entry, folder, f"{source} negative {number}")
+                 for number, entry in enumerate(entries or (), 1)]
     return Pair(query, positive, negatives)
 
 

@@ -103,11 +103,13 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. After the block it takes the name, complete
     and on the disk; until then, and whatever fails, what had the name stays."""
-    # A link stays one: the file that it points to is replaced.
+    # A link stays one: the file that it points to is replaced; a device never is.
     target = Path(os.path.realpath(path))
     fresh = target.with_name(f"{MARKER}.{secrets.token_hex(8)}")
     try:
         with writing(path):
+            if target.exists():
+                regular_file(target)
             yield fresh
             flush(fresh)
             fresh.replace(target)
@@ -149,13 +151,21 @@ def beside(path: Path, ending: str) -> Path:
     return Path(os.path.realpath(path) + ending)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder of ours, if there is one. Its marker goes last: by it a later run
+    knows what a crash has left."""
+    for file in folder.glob("[!.]*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def find_folder(folder: Path) -> Path:
     """`folder`, put back from its `.old` if a crash fell between the two renames of
     `replace_folder`; an `.old` that is left over goes."""
     old = beside(folder, ".old")
     if old.exists() and not folder.exists():
         old.rename(beside(folder, ""))
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)
     return folder
 
 
@@ -165,7 +175,7 @@ def fresh_folder(folder: Path) -> Path:
     fresh = beside(folder, ".new")
 
     # A crash while it was written left it half full: start again.
-    shutil.rmtree(fresh, ignore_errors=True)
+    discard(fresh)
     fresh.mkdir(parents=True)
     put_text(fresh / MARKER, "*")  # until it is complete
     return fresh
@@ -190,4 +200,4 @@ def replace_folder(folder: Path) -> None:
     if folder.exists():
         beside(folder, "").rename(old)
     fresh.rename(beside(folder, ""))
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)

@@ -22,10 +22,8 @@ import torch.distributed as dist
 from nano_moca.config import BASE
 from nano_moca.files import MocaError, one_line
 
-LARGEST = 2**63 - 1  # that a seed, a count or a weight can be
 
-
-def flag(default: Any, help: str, low: float = -math.inf, high: float = LARGEST,
+def flag(default: Any, help: str, low: float = -math.inf, high: float = 2**63 - 1,
          choices: tuple[str, ...] | None = None) -> Any:
     """A field of a flags dataclass: default, help text, and the values that make sense."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}

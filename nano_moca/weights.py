@@ -68,8 +68,7 @@ def find_checkpoint(name: str | Path, patterns: tuple[str, ...] = CHECKPOINT_FIL
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
-        what = reason(error).splitlines()[0]
-        raise MocaError(f"{name} is not a folder, nor on the hub ({what})") from None
+        raise MocaError(f"{name} is not a folder, nor on the hub ({reason(error)})") from None
 
 
 def our_name(stored: str) -> str | None:

@@ -23,7 +23,7 @@ import train_cpt
 from launching import words, write_data
 from nano_moca import MocaError, distributed, flags as flags_module, plan, trainer
 from nano_moca.checkpoint import digest
-from nano_moca.files import (MARKER, first_lines, fresh_folder, put_text, replace_folder,
+from nano_moca.files import (MARKER, discard, first_lines, fresh_folder, put_text, replace_folder,
                              replacing, write_json)
 from nano_moca.flags import CommonFlags, main_guard, parse_flags
 from nano_moca.plan import check_inputs, check_output, lock
@@ -854,3 +854,47 @@ def test_a_long_word_is_cut(word: str, capsys: pytest.CaptureFixture) -> None:
         parse_flags(train_cpt.Flags, [word], "")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and len(said) < 500 and said[:-1].isprintable()
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_kill_while_a_folder_goes_leaves_one_that_is_known_as_ours(
+        files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marker is the last to go, whichever order the disk lists its files in."""
+    folder = tmp_path / "run" / "checkpoint"
+    for _ in range(2):
+        fresh = fresh_folder(folder)
+        for number in range(files):
+            (fresh / f"rank-{number:05d}.pt").write_text("weights")
+        (fresh / "inner").mkdir()
+        (fresh / "inner" / "file").write_text("more")
+        replace_folder(folder)
+    old = folder.with_name("checkpoint.old")
+    shutil.copytree(folder, old)
+
+    # Killed before each single file that is removed, and once more a little later.
+    removed: list[str] = []
+    monkeypatch.setattr(Path, "unlink", lambda self, **_: removed.append(self.name))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(Path(path).name))
+    discard(old)
+    assert removed[-1] == old.name and MARKER not in removed
+    assert sorted(removed[:-1]) == sorted(["inner", *(f"rank-{n:05d}.pt" for n in range(files))])
+    monkeypatch.undo()
+    for file in old.glob("rank-*"):
+        check_output(tmp_path / "run")
+        file.unlink()
+    check_output(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to a device"])
+def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
+    """A link in the way of a result may lead to what is no file; it stays what it is."""
+    real = tmp_path / "real"
+    os.mkfifo(real) if kind == "a pipe" else real.mkdir()
+    if kind == "a link to a device":
+        real = Path("/dev/full")
+    (tmp_path / "scores.json").symlink_to(real)
+    before = real.stat().st_mode
+    with pytest.raises(MocaError, match="not an ordinary file"):
+        write_json(tmp_path / "scores.json", {})
+    assert real.stat().st_mode == before
+
