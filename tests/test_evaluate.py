@@ -298,7 +298,8 @@ def test_an_output_with_a_last_slash_is_a_file(folder: Path):
 
 
 @pytest.mark.parametrize("command", ["embed", "builtin", "mmeb"])
-@pytest.mark.parametrize("place", ["a folder", "a folder, and vectors", "in a file", "a pipe", "too long", "a dead link"])
+@pytest.mark.parametrize("place", ["a folder", "a folder, and vectors", "in a file", "a pipe",
+                                   "too long", "a dead link"])
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
         folder: Path, command: str, place: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(main_module, "make_embedder", lambda _: pytest.fail("the work began"))
