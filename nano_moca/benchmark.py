@@ -51,7 +51,7 @@ class Flags:
 
     model: str = flag(None, "checkpoint: a folder or a hub id (default: one made for it)")
     width: int = flag(512, "of the decoder that is made, a multiple of 128", low=128)
-    records: int = flag(64, "in a batch: about two steps of train_cpt.py", low=1)
+    records: int = flag(64, "in a batch: about two steps of train_cpt.py", low=1, high=10**5)
     device: str = flag("cpu", "where to run", choices=("cpu", "cuda"))
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16"))
 

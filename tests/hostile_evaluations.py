@@ -1373,7 +1373,6 @@ def luck() -> None:
             def kill(folder: Path, command: str = command, after: int = after) -> Callable:
                 items = lines(folder / "items.jsonl", *({"text": f"item {n}"} for n in range(200)))
                 data = mmeb(folder) if command == "mmeb" else vidore(folder)
-                lines(data / "u" / "test.jsonl") if command == "mmeb" else 0
                 given = ["--input", items] if command == "embed" else ["--data", data]
                 line = words(command, folder, *given)
                 code = (

@@ -886,6 +886,8 @@ DAMAGES = {
     "one number": lambda good: other_vectors(good, ()),
     "doubles": lambda good: other_vectors(good, np.load(io.BytesIO(good)).shape, np.float64),
     "objects": lambda good: other_vectors(good, np.load(io.BytesIO(good)).shape, object),
+    "zeros for numbers": lambda good: good[:128] + bytes(len(good) - 128),
+    "one number of another": lambda good: good[:-4] + np.float32(2).tobytes(),
     "NaN": lambda good: good[:-4] + np.float32(np.nan).tobytes(),
 }
 
@@ -903,6 +905,17 @@ def test_kept_vectors_that_are_damaged_are_made_again(
     counted.clear()
     assert score("mmeb", output, "--data", mmeb_data) == made
     assert 0 < len(counted) <= 3 and kept_files(output) == good
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_in_the_place_of_kept_vectors_is_not_read(tmp_path: Path, mmeb_data: Path):
+    """Nobody writes into it: to open it would never end."""
+    output = tmp_path / "scores.json"
+    made = score("mmeb", output, "--data", mmeb_data)
+    file = sorted(Path(f"{output}.vectors").glob("*.npy"))[0]
+    file.unlink()
+    os.mkfifo(file)
+    assert score("mmeb", output, "--data", mmeb_data) == made and file.is_file()
 
 
 def test_a_folder_in_the_place_of_kept_vectors_is_named(tmp_path: Path, mmeb_data: Path):

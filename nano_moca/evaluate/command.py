@@ -139,27 +139,23 @@ def score_builtin(embed: Embed, flags: BuiltinFlags) -> Scores:
         yield name, rank_pairs(task, embed).scores()
 
 
-def score_tasks(command: str, embed: Embed, flags: Any) -> Scores:
-    """The scores of all tasks, as each is done."""
-    if command == "builtin":
-        yield from score_builtin(embed, flags)
-        return
-
-    # A benchmark's tasks are the folders in DATA that hold files of data.
-    found = False
+def score_folders(benchmark: Any, embed: Embed, flags: Any) -> Scores:
+    """A benchmark's tasks: the folders in DATA that hold files of data."""
     for folder in sorted(Path(flags.data).glob("[!.]*")):
         if folder.is_dir() and find_files(folder, "*", FILE_KINDS):
-            yield from BENCHMARKS[command].score_folder(folder, embed, flags)
-            found = True
-    if not found:
-        raise MocaError(f"--data {flags.data} holds no task: give a folder with one subfolder "
-                        "per task")
+            yield from benchmark.score_folder(folder, embed, flags)
 
 
 def score(command: str, flags: Any) -> None:
     """The commands that score. What is done stands in the file after each task."""
+    embed = make_embedder(flags)
+    if command == "builtin":
+        scored = score_builtin(embed, flags)
+    else:
+        scored = score_folders(BENCHMARKS[command], embed, flags)
+
     tasks: dict[str, dict[str, float]] = {}
-    for name, scores in score_tasks(command, make_embedder(flags), flags):
+    for name, scores in scored:
         # A task's first figure is the one that its benchmark reports.
         tasks[name] = scores
         metric = next(iter(scores))
@@ -169,6 +165,10 @@ def score(command: str, flags: Any) -> None:
 
         figures = [f"{key} {value:.4g}" for key, value in scores.items()]
         print(f"{one_line(name):32s}", *figures, flush=True)
+
+    if not tasks:
+        raise MocaError(f"--data {flags.data} holds no task: give a folder with one subfolder "
+                        "per task")
 
     # Tasks of another name are in the file, but in no mean of MMEB's.
     shown = "; ".join(f"{name}: {mean:.3f}" for name, mean in means.items())

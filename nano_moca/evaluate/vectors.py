@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nano_moca.batch import Record
 from nano_moca.data import record_key
 from nano_moca.evaluate.embedder import Moca, load
-from nano_moca.files import MocaError, replacing
+from nano_moca.files import MocaError, regular_file, replacing
 from nano_moca.report.ranking import Embed
 from nano_moca.weights import find_checkpoint
 
@@ -91,13 +91,17 @@ def save_vectors(path: Path, vectors: np.ndarray) -> None:
 def read_vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The vectors of a file, [N, D]; None if it is absent, or not as it was written."""
     try:
-        with open(path, "rb") as file:
+        with open(regular_file(path), "rb") as file:
             vectors = np.lib.format.read_array(file)  # no pickles
     # What numpy raises for a damaged file is of many kinds.
     except Exception:
         return None
-    whole = vectors.shape == shape and vectors.dtype == np.float32 and np.isfinite(vectors).all()
-    return vectors if whole else None
+    if vectors.shape != shape or vectors.dtype != np.float32:
+        return None
+
+    # Of unit length, which NaN has not.
+    lengths = np.linalg.norm(vectors, axis=1)
+    return vectors if (np.abs(lengths - 1) < 1e-3).all() else None
 
 
 def make_embedder(flags: Any) -> Embed:
