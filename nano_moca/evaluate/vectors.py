@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nano_moca.batch import Record
 from nano_moca.data import record_key
 from nano_moca.evaluate.embedder import Moca, load
-from nano_moca.files import MocaError, regular_file, replacing
+from nano_moca.files import MocaError, regular_file, replacing, writing
 from nano_moca.report.ranking import Embed
 from nano_moca.weights import find_checkpoint
 
@@ -55,6 +55,9 @@ def embed_records(moca: Moca, records: list[Record], kept: Path | None = None,
                     raise MocaError(f"{record.source}: its vector is not finite: try --dtype "
                                     "float32, or another checkpoint")
             if file:
+                # A pipe or a link there was never ours: it goes, and is not followed.
+                with writing(file):
+                    file.unlink(missing_ok=True)
                 save_vectors(file, found)
         vectors[index] = found
     return vectors
