@@ -124,8 +124,8 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
     """Write what transformers and `nano_moca.load` read, in the dtype of the original
     checkpoint.
 
-    trained_with: {"attention": ..., "pooling": ...}, which `nano_moca.load` takes as
-    its defaults.
+    trained_with: {"attention": ..., "pooling": ..., "max_tokens": ...}, which
+    `nano_moca.load` takes as its defaults; stage 1 has no pooling.
     """
     # All ranks gather one tensor at a time; only the main rank keeps it, in host memory.
     tensors = {}

@@ -18,7 +18,7 @@ A single file is written as `.nano_moca.` and some random letters, which two pro
 write it at once do not share, and renamed. A kill may leave that, and no data folder takes
 it for data; the next run in the folder removes it.
 
-Left out: locks (plan.py has one).
+Left out: flushing a folder after a rename, which only a loss of power could show.
 """
 
 import json

@@ -71,9 +71,12 @@ class CommonFlags:
     no_report: bool = flag(False, "skip the report and its pictures at the end")
 
 
-def parse_flags(kind: type, argv: list[str] | None, description: str) -> Any:
-    """A flags dataclass from the command line (argv None) or from a list of words."""
-    parser = Parser(description=description, allow_abbrev=False,
+def parse_flags(kind: type, argv: list[str] | None, description: str, prog: str = "") -> Any:
+    """A flags dataclass from the command line (argv None) or from a list of words.
+
+    prog: what --help calls the program, if not by the script's name.
+    """
+    parser = Parser(prog=prog or None, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {}
 

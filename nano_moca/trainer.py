@@ -99,8 +99,7 @@ def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimi
     those of the run that saved it, or a part of it is missing.
 
     batches: draws the data. Its `state` is a dictionary that says, among others, how
-    many "records" the data holds and how many were "skipped" so far; perhaps also the
-    data's "fingerprint".
+    many "records" the data holds, their "fingerprint", and how many were "skipped" so far.
     """
     # With --resume and no checkpoint yet, a run begins: one command serves for both.
     output = Path(flags.output)
@@ -137,9 +136,9 @@ def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,
 
     # Numel of a sharded parameter counts the parts of all ranks.
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = (f"{flags.model} -> {Path(flags.output)}: {parameters:,} parameters, steps {done + 1} "
-            f"to {flags.steps} of {step_contents}, {world.size} rank(s) on {world.device.type}, "
-            f"products in {world.dtype}, weights in float32, seed {flags.seed}")
+    plan = (f"{flags.model} -> {Path(flags.output)}: {parameters:,} parameters, {done} of "
+            f"{flags.steps} steps done, each of {step_contents}, {world.size} rank(s), products on "
+            f"{world.device.type} in {world.dtype}, weights in float32, seed {flags.seed}")
     print(one_line(plan), flush=True)
 
 

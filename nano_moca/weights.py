@@ -237,8 +237,9 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
                  trained_with: dict | None = None) -> None:
     """Write config.json, and the weights in shards of 5 GB.
 
-    tensors: by our names, not sharded. trained_with: {"attention": ..., "pooling":
-    ...}, written as "nano_moca" for `nano_moca.load`; None keeps what was there.
+    tensors: by our names, not sharded. trained_with: {"attention": ..., "pooling": ...,
+    "max_tokens": ...}, written as "nano_moca" for `nano_moca.load`; None keeps what was
+    there.
     """
     # The stored names, and the patch embedding as a convolution's kernel again.
     stored: dict[str, Tensor] = {}

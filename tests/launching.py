@@ -172,7 +172,7 @@ def plain(golden: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
     line = words(golden, output, request.module.DEFAULTS, "--data", data)
     done = command_line([sys.executable, script.__file__, *line])
     assert done.returncode == 0, done.stderr
-    assert "steps 1 to 6" in done.stdout and "Traceback" not in done.stderr
+    assert "0 of 6 steps done" in done.stdout and "Traceback" not in done.stderr
     return output
 
 

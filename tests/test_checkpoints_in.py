@@ -27,6 +27,7 @@ from nano_moca.config import Config
 from nano_moca.convert.configs import parse_config
 from nano_moca.families import load_config
 from nano_moca.model import VLM
+from test_weights import refusal
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MLP = "model.layers.1.mlp.up_proj.weight"
@@ -38,14 +39,6 @@ FAMILIES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
 def transformers():
     """The library, for tests that compare with it."""
     return pytest.importorskip("transformers")
-
-
-def refusal(folder: Path) -> str:
-    """The one-line error with which a checkpoint is refused."""
-    with pytest.raises(MocaError) as caught:
-        nano_moca.load(folder, "cpu")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:

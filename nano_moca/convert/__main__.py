@@ -248,4 +248,4 @@ def convert(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main_guard(lambda: convert(parse_flags(Flags, None, __doc__)))
+    main_guard(lambda: convert(parse_flags(Flags, None, __doc__, "nano_moca.convert")))

@@ -234,7 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="nano_moca.evaluate", usage=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(words[:1]).command
-    flags = parse_flags(COMMANDS[command], words[1:], f"nano_moca.evaluate {command}")
+    kind = COMMANDS[command]
+    flags = parse_flags(kind, words[1:], str(kind.__doc__), f"nano_moca.evaluate {command}")
 
     flags.output = str(Path(flags.output))  # without a last "/"
     with claim_output(flags):
