@@ -10,12 +10,13 @@ The precision policy, in one place: master weights, summed gradients and optimis
 state are float32; matrix products and activations are in `--dtype` (bfloat16 on CUDA);
 norms, softmax and losses are computed in float32 whatever the dtype.
 
-Left out: tensor and pipeline parallelism, and going on with another number of ranks.
+Left out: tensor and pipeline parallelism.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,9 @@ def init_distributed(device: str | None, dtype: str | None) -> World:
     # bfloat16 products over float32 weights are FSDP2's work too: a group even if alone.
     if world.sharded and not dist.is_initialized():
         alone = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+        # Others may have to wait while one rank writes a model to a slow disk.
+        dist.init_process_group(
+            backend, timeout=timedelta(hours=2), **({} if "RANK" in os.environ else alone))
     return world
 
 
@@ -111,6 +114,11 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor complete, which all ranks have to ask for; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -1,12 +1,10 @@
-"""The plan of a run, looked at before it begins: what it will read and replace, and what
-it goes on from.
+"""The plan of a run, looked at before it begins: what it will read and replace.
 
 A run writes a few names into --output, and a finished run's files of these names are
 replaced. So a run is refused if what it would replace is what it reads, if somebody
 else put it there, if it cannot be written, or if another run is at work in the folder.
-`guarded` in trainer.py, above the `train` of both scripts, asks for this. With --resume, a
-run is refused that would be neither the old one nor a new one (`check_same_run`). A reader
-of the training path need not know more.
+`guarded` in trainer.py, above the `train` of both scripts, asks for this. A reader of the
+training path need not know more.
 
 Left out: a disk that gets full. files.py keeps what stood there when it does.
 """
@@ -21,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import TextIO
 
-from nano_moca.checkpoint import REPORT, digest
+from nano_moca.checkpoint import REPORT
 from nano_moca.convert.sources import split_sources
 from nano_moca.data import load_tasks
 from nano_moca.files import MARKER, MocaError, beside, first_lines, writing
@@ -32,11 +30,6 @@ FOLDERS = ("checkpoint", "model")
 WRITTEN = (*FOLDERS, "log.jsonl", "skipped.jsonl", *REPORT)
 ENDINGS = ("", ".new", ".old", ".part")
 STRAY = (f"{MARKER}*", ".DS_Store", "._*", ".nfs*")  # what we or systems leave in any folder
-
-# These flags may differ on --resume. Most change nothing that is computed; with other
-# --steps the rest of the schedule is another, and a GPU's products are not the CPU's.
-MAY_CHANGE = ("output", "steps", "save_every", "resume", "device", "checkpointing", "on_error",
-              "held_out", "no_report", "allow_extra")
 
 
 @contextmanager
@@ -140,33 +133,3 @@ def lock(marker: TextIO | int, output: Path) -> None:
         except BlockingIOError:
             raise MocaError(f"--output {output}: another run is at work there: wait for its end, "
                             "or choose another --output") from None
-
-
-def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
-    """MocaError if a checkpoint's state is incomplete or was changed, or is of a run with
-    other flags or other data. data: the state of the data that --data names, at its
-    beginning."""
-    usual = {"step": 0, "flags": {}, "data": {}, "log": [], "skipped": "", "digest": ""}
-    lacking = {name for name, value in usual.items() if type(saved.get(name)) is not type(value)}
-    lacking = lacking or data.keys() - saved["data"].keys()
-    if lacking:
-        raise MocaError(f"--resume: the checkpoint says nothing of {', '.join(sorted(lacking))}: "
-                        "resume with the stage and version that wrote it, or start anew")
-
-    # A checkpoint that is older than a flag does not name it: nothing to compare.
-    for name, before in saved["flags"].items():
-        if name not in MAY_CHANGE and getattr(flags, str(name), None) != before:
-            raise MocaError(f"--resume: --{str(name).replace('_', '-')} was {before}: give the "
-                            "same flags, or start anew without --resume")
-
-    # As many records can be others.
-    for name in ("records", "fingerprint"):
-        before, now = saved["data"][name], data[name]
-        if before != now:
-            raise MocaError(f"--resume: {name} of --data {flags.data}: {before} before, and now "
-                            f"{now}: give the same data, or start anew without --resume")
-    if saved["step"] > flags.steps:
-        raise MocaError(f"--resume: {saved['step']} steps are done, more than {flags.steps}: "
-                        "raise --steps")
-    if saved.pop("digest") != digest(saved):
-        raise MocaError("--resume: the checkpoint's state is not as it was saved: start anew")

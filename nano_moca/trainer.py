@@ -7,7 +7,7 @@ train_cpt.py and train_cl.py, which call them in this order:
     open_checkpoint    find the model to start from; its config and processor
     skip_list          where unusable records are listed
     make_optimizer     AdamW over all parameters
-    resume             after a break: weights, optimiser and data as they were
+    resume             after a break: weights, optimiser and data as they were (resume.py)
     print_plan         one line that says what will be done
     Log                log.jsonl and the progress bar
     at each step       update (clip, learning rate, AdamW), Log.write, save_progress
@@ -24,24 +24,29 @@ import json
 import math
 import os
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from nano_moca.checkpoint import load_checkpoint, save_checkpoint
+from nano_moca.checkpoint import snapshot, write_checkpoint
 from nano_moca.config import Config, grow_vocabulary
-from nano_moca.distributed import World
+from nano_moca.distributed import World, full_tensor
 from nano_moca.families import load_config
-from nano_moca.files import MocaError, first_lines, one_line, put_text, writing
+from nano_moca.files import MocaError, first_lines, fresh_folder, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
 from nano_moca.weights import PROCESSOR_FILES, find_checkpoint
+
+# One thread writes the checkpoints, one at a time; here is the one under way, if any.
+WRITER = ThreadPoolExecutor(1)
+UNDER_WAY: list[Future] = []
 
 
 def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
@@ -53,7 +58,11 @@ def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], Non
         from nano_moca.plan import claim_output  # what may go wrong there is no part of training
 
         with claim_output(flags):
-            train(flags)
+            # The output is ours until nothing is written there, also after an error.
+            try:
+                train(flags)
+            finally:
+                finish_checkpoint()
 
     return checked
 
@@ -92,35 +101,21 @@ def skip_list(flags: CommonFlags, world: World) -> Path | None:
 
 def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimizer,
            batches: Any) -> dict | None:
-    """With --resume, go back to the checkpoint in the output folder.
+    """With --resume, go back to the checkpoint in the output folder, as resume.py says.
 
-    Returns the checkpoint's state, or None for a new run. Then model, optimiser and
-    batches are as they were when it was saved. MocaError if flags or data differ from
-    those of the run that saved it, or a part of it is missing.
-
-    batches: draws the data. Its `state` is a dictionary that says, among others, how
-    many "records" the data holds, their "fingerprint", and how many were "skipped" so far.
+    Returns the checkpoint's state, or None for a new run. batches: draws the data. Its
+    `state` is a dictionary that says, among others, how many records were "skipped" so far.
     """
-    # With --resume and no checkpoint yet, a run begins: one command serves for both.
-    output = Path(flags.output)
-    place = output / "checkpoint"
-    saved = load_checkpoint(place, world, model, optimizer) if flags.resume else None
-    if flags.resume and saved is None and world.main:
-        print(f"{one_line(output)} holds no checkpoint: starting anew", flush=True)
+    saved = None
+    if flags.resume:
+        from nano_moca.resume import go_on  # other runs need none of it
 
-    # Other flags or other data would end in what is neither the old run nor a new one.
-    if saved is not None:
-        from nano_moca.plan import check_same_run
-
-        check_same_run(flags, saved, batches.state)
-        batches.state |= saved["data"]
-        before = saved["flags"].get("steps")
-        if before != flags.steps and world.main:
-            print(f"--steps was {before} and is {flags.steps}: so is the schedule", flush=True)
+        saved = go_on(flags, world, model, optimizer, batches)
 
     # What was listed after the checkpoint is drawn again; in a new run, everything.
     if world.main:
-        put_text(output / "skipped.jsonl.part", saved["skipped"] if saved else "")
+        skipped = Path(flags.output) / "skipped.jsonl.part"
+        put_text(skipped, saved["skipped"] if saved else "")
     return saved
 
 
@@ -155,6 +150,7 @@ class Log:
         """
         self.lines = list(saved["log"]) if saved else []
         self.path = path if world.main else Path(os.devnull)
+        self.lock = Lock()  # the thread that writes checkpoints publishes
 
         # Steps after the checkpoint will run again: their lines go. A new run's log
         # stands beside an earlier one until there is a checkpoint.
@@ -174,7 +170,7 @@ class Log:
         """Log one step."""
         # At once, so that nothing is lost in a crash.
         self.lines.append(line)
-        with writing(self.path), open(self.path, "a") as file:
+        with self.lock, writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
         # The bar has room for losses and accuracy.
@@ -185,8 +181,9 @@ class Log:
 
     def publish(self) -> None:
         """Take the place of an earlier run's log: there is a checkpoint now."""
-        if self.path.suffix == ".part":
-            self.path = self.path.replace(self.path.with_suffix(""))
+        with self.lock:
+            if self.path.suffix == ".part":
+                self.path = self.path.replace(self.path.with_suffix(""))
 
 
 def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimizer: Optimizer,
@@ -200,7 +197,7 @@ def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimiz
     """
     # The norm over all parameters and ranks, before clipping.
     norm = nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = float(full_tensor(norm))
 
     # One step with nan would spoil every weight for good.
     for name, value in (("loss", loss), ("gradient norm", norm)):
@@ -231,26 +228,48 @@ def save_progress(step: int, flags: CommonFlags, world: World, model: nn.Module,
                   optimizer: Optimizer, data_state: dict, log: Log) -> None:
     """Save the checkpoint from which the run can go on after this step.
 
-    data_state: from which the next step's records are drawn.
+    Training goes on as soon as a copy is in host memory: a thread writes it. An error of
+    that thread is raised here at the next save, or at the end of the run. data_state: from
+    which the next step's records are drawn.
     """
-    # All that an earlier run left stays until the checkpoint stands under its name.
+    finish_checkpoint()
     output = Path(flags.output)
     skipped = first_lines(output / "skipped.jsonl.part", data_state["skipped"])
     state = {"step": step, "data": data_state, "flags": asdict(flags),
-             "log": log.lines, "skipped": skipped}
-    save_checkpoint(output / "checkpoint", world, model, optimizer, state)
+             "log": list(log.lines), "skipped": skipped}
+    content = snapshot(world, model, optimizer, state)
+
+    # The main rank makes the new folder, and then all write into it.
+    if world.main:
+        fresh_folder(output / "checkpoint")
+    world.wait()
+    UNDER_WAY.append(WRITER.submit(write_progress, output, world, content, log))
+
+
+def write_progress(output: Path, world: World, content: dict, log: Log) -> None:
+    """In the thread: write a snapshot, and what goes with it."""
+    # All that an earlier run left stays until the checkpoint stands under its name.
+    write_checkpoint(output / "checkpoint", world, content)
     if world.main:
         log.publish()
-        put_text(output / "skipped.jsonl", skipped)
+        put_text(output / "skipped.jsonl", content["state"]["skipped"])
+
+
+def finish_checkpoint() -> None:
+    """Return when no checkpoint is under way. MocaError if it could not be written."""
+    while UNDER_WAY:
+        UNDER_WAY.pop().result()
 
 
 def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator,
               data_state: dict) -> None:
-    """After the last step: close log and loader, and say how much was skipped.
+    """After the last step: close log and loader, wait for the last checkpoint, and say how
+    much was skipped.
 
     loader: draws one step ahead, in a thread. data_state: after the last step.
     """
     log.bar.close()
+    finish_checkpoint()
 
     # Nothing was learned from the step drawn ahead: take back what it listed as skipped.
     loader.close()

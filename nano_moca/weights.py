@@ -30,14 +30,15 @@ import os
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download  # arrives with tokenizers
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nano_moca.config import Config
-from nano_moca.distributed import copy_into_shard
+from nano_moca.distributed import copy_into_shard, full_tensor
 from nano_moca.families import build_model
-from nano_moca.files import MocaError, read_json, reason, regular_file, write_json
+from nano_moca.files import MocaError, read_json, reason, regular_file, write_json, writing
 from nano_moca.model import VLM
 
 # How a stored name begins, and how ours does; the first that fits counts.
@@ -233,21 +234,42 @@ def add_mask_token(stored: Tensor, token: int, vocabulary: int) -> Tensor:
     return weight
 
 
-def save_weights(folder: Path, tensors: dict[str, Tensor], config: Config,
-                 trained_with: dict | None = None) -> None:
-    """Write config.json, and the weights in shards of 5 GB.
+def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config,
+                 trained_with: dict | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write config.json, and the weights in shards of 5 GB. If they are divided among ranks,
+    all ranks call this, and one of them writes: it holds one shard at a time.
 
-    tensors: by our names, not sharded. trained_with: {"attention": ..., "pooling": ...,
-    "max_tokens": ...}, written as "nano_moca" for `nano_moca.load`; None keeps what was
-    there.
+    folder: None on the ranks that do not write. tensors: by our names. trained_with:
+    {"attention": ..., "pooling": ..., "max_tokens": ...}, written as "nano_moca" for
+    `nano_moca.load`; None keeps what was there. dtype: to store; None for the tensors' own.
     """
-    # The stored names, and the patch embedding as a convolution's kernel again.
-    stored: dict[str, Tensor] = {}
+    # Which tensors share a file follows from names and sizes: nothing is gathered yet. The
+    # patch embedding is stored as a convolution's kernel again.
+    ours = {}
+    shapes = {}
     for name, tensor in tensors.items():
-        if name == KERNEL:
-            tensor = tensor.view(config.vision.kernel)
-        stored[stored_name(name, config)] = tensor
-    save_torch_state_dict(stored, folder, max_shard_size=SHARD_SIZE)
+        shape = config.vision.kernel if name == KERNEL else tensor.shape
+        ours[stored_name(name, config)] = name
+        shapes[stored_name(name, config)] = torch.empty(
+            shape, dtype=dtype or tensor.dtype, device="meta")
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_SIZE)
+
+    # One tensor at a time is complete on the GPU, and one shard in host memory.
+    for file, names in plan.filename_to_tensors.items():
+        shard = {}
+        for stored in names:
+            tensor = full_tensor(tensors[ours[stored]])
+            if folder:
+                shape, stored_as = shapes[stored].shape, shapes[stored].dtype
+                shard[stored] = tensor.to("cpu", stored_as, copy=True).view(shape)
+        if folder:
+            with writing(folder / file):
+                save_file(shard, folder / file, {"format": "pt"})
+    if not folder:
+        return
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
     # The checkpoint's own config.json, with what may have changed.
     raw = copy.deepcopy(config.raw)

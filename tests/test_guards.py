@@ -21,7 +21,7 @@ import torch
 import train_cl
 import train_cpt
 from launching import words, write_data
-from nano_moca import MocaError, distributed, flags as flags_module, plan, trainer
+from nano_moca import MocaError, distributed, flags as flags_module, resume, trainer
 from nano_moca.checkpoint import digest
 from nano_moca.files import (MARKER, discard, first_lines, fresh_folder, put_text, replace_folder,
                              replacing, write_json)
@@ -480,7 +480,7 @@ def test_a_crash_between_checkpoint_and_log(again: Path, finished: Path, golden:
 
     with monkeypatch.context() as patch:
         if moment == "checkpoint":
-            patch.setattr(trainer, "save_checkpoint", crash)
+            patch.setattr(trainer, "write_checkpoint", crash)
         else:
             patch.setattr(trainer.Log, "publish", crash)
         with pytest.raises(Crash):
@@ -614,10 +614,10 @@ def test_a_state_that_no_run_saved(kind: str) -> None:
     state = {"step": 1, "flags": asdict(CommonFlags()), "data": data | {"next": 3},
              "log": [{"step": 1, "loss": 2.5}], "skipped": ""}
     state["digest"] = digest(state)
-    plan.check_same_run(CommonFlags(), dict(state), data)
+    resume.check_same_run(CommonFlags(), dict(state), data)
     change, named = STATES[kind]
     with pytest.raises(MocaError, match=named) as caught:
-        plan.check_same_run(CommonFlags(), state | change, data)
+        resume.check_same_run(CommonFlags(), state | change, data)
     assert "\n" not in str(caught.value) and "start anew" in str(caught.value)
 
 
@@ -639,9 +639,9 @@ def test_other_data_of_the_same_length(before: str, now: str, refused: bool) -> 
     data = at_first | {"fingerprint": now}
     if refused:
         with pytest.raises(MocaError, match="fingerprint of --data"):
-            plan.check_same_run(CommonFlags(), saved, data)
+            resume.check_same_run(CommonFlags(), saved, data)
     else:
-        plan.check_same_run(CommonFlags(), saved, data)
+        resume.check_same_run(CommonFlags(), saved, data)
 
 
 def test_other_steps_are_said(again: Path, finished: Path, golden: Path,
@@ -682,8 +682,8 @@ def test_the_model_survives_a_full_disk(again: Path, finished: Path, golden: Pat
                                         monkeypatch) -> None:
     """Room for the checkpoint and not for the model: the old model and its scores stay."""
     before = snapshot(again / "run" / "model")
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda *_: None)
-    with full_disk(200_000), pytest.raises(MocaError, match="model cannot be written"):
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda *_: None)
+    with full_disk(200_000), pytest.raises(MocaError, match="model.* cannot be written"):
         train(golden, again / "run", "--data", finished / "texts.jsonl", "--on-error", "skip")
     assert snapshot(again / "run" / "model") == before
     assert (again / "run" / "scores.json").exists()

@@ -17,12 +17,12 @@ from torch import nn
 
 from nano_moca import Moca, MocaError
 from nano_moca.batches import prefetch
-from nano_moca.checkpoint import digest, load_checkpoint, save_checkpoint, save_model
+from nano_moca.checkpoint import digest, save_model, snapshot, write_checkpoint
 from nano_moca.distributed import World, init_distributed
 from nano_moca.files import find_folder, fresh_folder, replace_folder
 from nano_moca.flags import CommonFlags, flag, parse_flags
 from nano_moca.report.curves import plot_losses
-from nano_moca.plan import check_same_run
+from nano_moca.resume import check_same_run, load_checkpoint
 from nano_moca.trainer import Log, update, warmup_then_linear
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -221,6 +221,17 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> N
         model(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+RUN = {"step": 0, "flags": {}, "data": {}}  # what files of one checkpoint have in common
+
+
+def save_checkpoint(folder: Path, world: World, model: nn.Module,
+                    optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """At once: no thread."""
+    content = snapshot(world, model, optimizer, RUN | state)
+    fresh_folder(folder)
+    write_checkpoint(folder, world, content)
 
 
 def test_checkpoint_is_exact(tmp_path: Path) -> None:
