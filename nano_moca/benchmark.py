@@ -32,13 +32,14 @@ from nano_moca.builtin import BuiltinRecords
 from nano_moca.builtin.base import initialise
 from nano_moca.config import BASE
 from nano_moca.convert.configs import parse_config
+from nano_moca.convert.export import save_weights
 from nano_moca.evaluate.embedder import load
 from nano_moca.families import load_config
 from nano_moca.files import MocaError
 from nano_moca.flags import flag, main_guard, parse_flags
 from nano_moca.model import VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import find_checkpoint, save_weights
+from nano_moca.weights import find_checkpoint
 
 BATCHES = 2  # of each mix
 REPEATS = 3  # measurements of each, whose median counts

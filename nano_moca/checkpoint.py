@@ -35,7 +35,6 @@ from nano_moca.distributed import World, local_part
 from nano_moca.files import beside, fresh_folder, one_line, replace_folder, replacing, writing
 from nano_moca.model import VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import save_weights, stored_dtype
 
 # What a report of a run writes beside its model.
 REPORT = ("scores.json", "loss.png", "reconstruction.png", "retrieval.png", "similarity.png")
@@ -96,14 +95,14 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
     trained_with: {"attention": ..., "pooling": ..., "max_tokens": ...}, which
     `nano_moca.load` takes as its defaults; stage 1 has no pooling.
     """
+    from nano_moca.convert.export import save_weights, write_companions  # beside the road
+
     # All ranks gather the tensors, the main rank writes them: beside the old model, and
     # renamed when all is complete.
     fresh = fresh_folder(folder) if world.main else None
     tensors = {name: parameter.detach() for name, parameter in vlm.named_parameters()}
-    save_weights(fresh, tensors, vlm.config, trained_with, stored_dtype(vlm.config))
+    save_weights(fresh, tensors, vlm.config, trained_with)
     if world.main:
-        from nano_moca.convert.export import write_companions  # stands beside the road
-
         with writing(folder):
             processor.save(fresh)
             write_companions(fresh, processor)

@@ -105,17 +105,18 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module, optimizer: Opt
 
 def same_moment(files: list[dict], parameter_count: int) -> bool:
     """Whether the files are those of all ranks, each complete, at one step of one run."""
-    first = files[0]["state"]
     for rank, file in enumerate(files):
-        # Files of before resharding do not say of how many ranks they are.
-        ranks = file["rank"], file.get("ranks", len(files))
-        same = [file["state"].get(name) == first.get(name) for name in ("step", "flags", "data")]
-        lengths = {len(file["parameters"]), len(file["moments"])}
+        # Older files do not say of how many ranks they are.
+        facts = [file["rank"], file.get("ranks", len(files)), len(file["parameters"]),
+                 len(file["moments"]), file["moment count"]]
         count = sum(map(len, file["moments"]))
-        if ranks != (rank, len(files)) or not all(same) or lengths != {parameter_count}:
+        if facts != [rank, len(files), parameter_count, parameter_count, count] or not count:
             return False
-        if not file["moment count"] == files[0]["moment count"] == count > 0:
-            return False
+
+        # The rest of the state differs: each rank measures its own tokens a second.
+        for name in ("step", "flags", "data"):
+            if file["state"].get(name) != files[0]["state"].get(name):
+                return False
     return True
 
 
@@ -131,17 +132,15 @@ def own_rows(files: list[dict], number: int, parameter: Tensor, world: World
             rows[key] = value.clone()
             continue
 
-        # Slices end where a part ends, and may be empty: only our rows are read.
-        first = world.rank * share
+        # A slice ends where the part ends, and may be empty: only our rows are read.
         found = []
-        total = 0
+        first = world.rank * share  # of our rows, counted from the part's first one
         for part in parts:
-            begin, end = max(0, first - total), max(0, first + share - total)
-            found.append(part[key][begin:end])
-            total += len(part[key])
+            found.append(part[key][max(0, first) : max(0, first + share)])
+            first -= len(part[key])
         rows[key] = torch.cat(found)
-        if total != len(parameter):
-            raise ValueError(f"{total} rows of {len(parameter)}")
+        if world.rank * share - first != len(parameter):
+            raise ValueError("more rows or fewer than the parameter has")
     return rows
 
 

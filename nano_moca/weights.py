@@ -1,4 +1,4 @@
-"""Checkpoints in and out, strictly.
+"""Checkpoints in, strictly.
 
 The names of tensors have changed over the years. These layouts are read, in one file
 model.safetensors or in shards with model.safetensors.index.json:
@@ -16,8 +16,8 @@ nothing else may be: if a missing key goes unnoticed, the model runs and its out
 is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
-keeps its part. We save in the first layout, which every reader knows; a family that is
-younger than it in its own (`Config.saved_names`).
+keeps its part. We save (convert/export.py) in the first layout, which every reader knows;
+a family that is younger than it in its own (`Config.saved_names`).
 
 A checkpoint may come from a stranger, or of a run that diverged: the shards that an
 index names lie in its folder, and weights are floating-point numbers and finite.
@@ -25,20 +25,18 @@ index names lie in its folder, and weights are floating-point numbers and finite
 Left out: other formats than safetensors, and quantised weights.
 """
 
-import copy
 import os
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download  # arrives with tokenizers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nano_moca.config import Config
-from nano_moca.distributed import copy_into_shard, full_tensor
+from nano_moca.distributed import copy_into_shard
 from nano_moca.families import build_model
-from nano_moca.files import MocaError, read_json, reason, regular_file, write_json, writing
+from nano_moca.files import MocaError, read_json, reason, regular_file
 from nano_moca.model import VLM
 
 # How a stored name begins, and how ours does; the first that fits counts.
@@ -47,7 +45,6 @@ LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
 EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
 KERNEL = "visual.patch_embed.weight"  # a convolution's, and our matrix [E, 1176]
-SHARD_SIZE = "5GB"
 # Of a checkpoint on the hub: what a processor needs, and beside it the weights.
 PROCESSOR_FILES = ("*.json", "*.jinja", "merges.txt")
 CHECKPOINT_FILES = (*PROCESSOR_FILES, "*.safetensors")
@@ -232,52 +229,6 @@ def add_mask_token(stored: Tensor, token: int, vocabulary: int) -> Tensor:
     weight = torch.cat([stored, mean.expand(vocabulary - len(stored), -1)])  # [V, D]
     weight[token] = mean
     return weight
-
-
-def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config,
-                 trained_with: dict | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write config.json, and the weights in shards of 5 GB. If they are divided among ranks,
-    all ranks call this, and one of them writes: it holds one shard at a time.
-
-    folder: None on the ranks that do not write. tensors: by our names. trained_with:
-    {"attention": ..., "pooling": ..., "max_tokens": ...}, written as "nano_moca" for
-    `nano_moca.load`; None keeps what was there. dtype: to store; None for the tensors' own.
-    """
-    # Which tensors share a file follows from names and sizes: nothing is gathered yet. The
-    # patch embedding is stored as a convolution's kernel again.
-    ours = {}
-    shapes = {}
-    for name, tensor in tensors.items():
-        shape = config.vision.kernel if name == KERNEL else tensor.shape
-        ours[stored_name(name, config)] = name
-        shapes[stored_name(name, config)] = torch.empty(
-            shape, dtype=dtype or tensor.dtype, device="meta")
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_SIZE)
-
-    # One tensor at a time is complete on the GPU, and one shard in host memory.
-    for file, names in plan.filename_to_tensors.items():
-        shard = {}
-        for stored in names:
-            tensor = full_tensor(tensors[ours[stored]])
-            if folder:
-                shape, stored_as = shapes[stored].shape, shapes[stored].dtype
-                shard[stored] = tensor.to("cpu", stored_as, copy=True).view(shape)
-        if folder:
-            with writing(folder / file):
-                save_file(shard, folder / file, {"format": "pt"})
-    if not folder:
-        return
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-
-    # The checkpoint's own config.json, with what may have changed.
-    raw = copy.deepcopy(config.raw)
-    (raw.get("text_config") or raw)["vocab_size"] = config.vocabulary
-    if trained_with is not None:
-        raw["nano_moca"] = trained_with
-    raw["tie_word_embeddings"] = config.tied
-    write_json(folder / "config.json", raw)
 
 
 def stored_dtype(config: Config) -> torch.dtype:

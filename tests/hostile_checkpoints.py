@@ -37,7 +37,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nano_moca
-from nano_moca import MARK, MocaError, Record, weights
+from nano_moca import MARK, MocaError, Record
+from nano_moca.convert import export
 from nano_moca.families import build_model
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -151,7 +152,7 @@ def make_qwen3(folder: Path) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.randn_like(weight) * 0.3 + ("norm" in name))
-    weights.save_weights(folder, model.state_dict(), config)
+    export.save_weights(folder, model.state_dict(), config)
     shutil.copy(GOLDEN / "qwen2.5-vl" / "tokenizer.json", folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({
         "patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_pixels": 4096,

@@ -24,6 +24,7 @@ from PIL import Image
 import nano_moca
 from nano_moca import weights
 from nano_moca.config import BASE
+from nano_moca.convert import export
 from nano_moca.convert.configs import parse_config
 
 
@@ -48,8 +49,8 @@ def write(folder: Path, shard_size: str) -> int:
         tensors[name] = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02)
         if parameter.dim() == 1 and "norm" in name:
             tensors[name].fill_(1.0)
-    weights.SHARD_SIZE = shard_size
-    weights.save_weights(folder, tensors, config)
+    export.SHARD_SIZE = shard_size
+    export.save_weights(folder, tensors, config)
     for name in ("tokenizer.json", "preprocessor_config.json"):
         shutil.copy(BASE / name, folder / name)
     return sum(tensor.nbytes for tensor in tensors.values())

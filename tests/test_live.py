@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import nano_moca
-from nano_moca import MARK, Moca, Record, weights
+from nano_moca import MARK, Moca, Record
 from nano_moca.checkpoint import save_model
+from nano_moca.convert import export
 from nano_moca.distributed import World
 from nano_moca.families import load_config
 from nano_moca.processor import Processor, smart_resize
@@ -182,7 +183,7 @@ def test_random_models(family: str, seed: int, golden: Path, tmp_path: Path) -> 
 def test_transformers_reads_what_we_save(family: str, tied: bool, shard_size: str | int,
                                          golden: Path, tmp_path: Path, monkeypatch) -> None:
     """A saved model loads with no key missing, unexpected or misshapen: the same logits."""
-    monkeypatch.setattr(weights, "SHARD_SIZE", shard_size)
+    monkeypatch.setattr(export, "SHARD_SIZE", shard_size)
     dice = random.Random(7)
     model = reference_model(family, dice, tied)
     moca = nano_moca.load(save_reference(model, tmp_path / "theirs", golden), "cpu")

@@ -20,6 +20,7 @@ import nano_moca
 from nano_moca import MARK, Moca, Record, weights
 from nano_moca.checkpoint import save_model
 from nano_moca.config import BASE
+from nano_moca.convert import export
 from nano_moca.distributed import World
 from nano_moca.families import build_model
 from nano_moca.processor import Processor
@@ -164,7 +165,7 @@ def test_greedy(seed: int, tmp_path: Path) -> None:
 def test_transformers_reads_what_we_save(tied: bool, shard_size: str | int, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """A saved model loads with no key missing, unexpected or misshapen, and computes the same."""
-    monkeypatch.setattr(weights, "SHARD_SIZE", shard_size)
+    monkeypatch.setattr(export, "SHARD_SIZE", shard_size)
     dice = random.Random(20 + tied)
     model = reference_model(random_shape(dice, tied), 0)
     moca = nano_moca.load(save_reference(model, tmp_path / "theirs"), "cpu")

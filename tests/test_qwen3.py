@@ -25,10 +25,11 @@ import nano_moca
 import train_cl
 import train_cpt
 from launching import Job, assert_same_run, child, free_port, read_log, read_weights, write_data
-from nano_moca import MARK, Moca, MocaError, Record, weights
+from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.attention import Segments
 from nano_moca.batch import Batch
 from nano_moca.config import BASE
+from nano_moca.convert import export
 from nano_moca.families import build_model, load_config
 from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import VLM, ReconstructionModel
@@ -107,7 +108,7 @@ def checkpoint(raw: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of it. Tests must not change it."""
     folder = tmp_path_factory.mktemp("qwen3")
     config = parse_qwen3(copy.deepcopy(raw))
-    weights.save_weights(folder, fill(build_model(config), seed=0).state_dict(), config)
+    export.save_weights(folder, fill(build_model(config), seed=0).state_dict(), config)
     return complete(folder)
 
 

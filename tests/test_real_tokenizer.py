@@ -16,11 +16,11 @@ import train_cl
 import train_cpt
 from nano_moca.builtin.base import initialise
 from nano_moca.config import BASE
+from nano_moca.convert.export import save_weights
 from nano_moca.families import load_config
 from nano_moca.flags import parse_flags
 from nano_moca.model import VLM
 from nano_moca.processor import Processor
-from nano_moca.weights import save_weights
 from real_tokenizer import LAST_ID, qwen_tokenizer
 
 VOCABULARY = 151936

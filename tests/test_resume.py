@@ -307,6 +307,25 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "log.jsonl"]
 
 
+def test_no_name_before_all_files_are_there(tmp_path: Path) -> None:
+    """The main rank waits for the file of a slower one, and does not take what is still written for
+    a file."""
+    folder = saved(tmp_path / "checkpoint", 2)
+    two = World(0, 2, torch.device("cpu"), torch.float32)
+    content = torch.load(folder / "rank-00000.pt", weights_only=True)
+    later = (folder / "rank-00001.pt").read_bytes()
+    fresh = fresh_folder(tmp_path / "later")
+    main = threading.Thread(target=write_checkpoint, args=(tmp_path / "later", two, content))
+    main.start()
+    until((fresh / "rank-00000.pt").exists)
+    (fresh / ".nano_moca.half").write_bytes(later)
+    main.join(0.3)
+    assert main.is_alive() and not (tmp_path / "later").exists()
+    (fresh / ".nano_moca.half").rename(fresh / "rank-00001.pt")
+    main.join(PATIENCE)
+    assert load_checkpoint(tmp_path / "later", ALONE, *toy(ALONE))["step"] == 1
+
+
 def test_a_disk_that_gets_full_in_the_background(tmp_path: Path, full_disk: Callable) -> None:
     """One line at the next save, or at the end; the checkpoint before stays, and when there is room
     again the run could go on."""

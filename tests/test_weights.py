@@ -14,6 +14,7 @@ import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
 from nano_moca.checkpoint import save_model
 from nano_moca.config import grow_vocabulary
+from nano_moca.convert import export
 from nano_moca.convert.configs import parse_config
 from nano_moca.distributed import World
 from nano_moca.families import load_config
@@ -104,7 +105,7 @@ def test_absent_files(checkpoint: Path) -> None:
 
 def in_shards(moca: Moca, folder: Path, monkeypatch) -> Path:
     """Save the model in several shards; returns the index."""
-    monkeypatch.setattr(weights, "SHARD_SIZE", 300_000)
+    monkeypatch.setattr(export, "SHARD_SIZE", 300_000)
     save_model(folder, ONE, moca.model, moca.processor)
     return folder / "model.safetensors.index.json"
 
@@ -241,7 +242,7 @@ def test_flat_and_nested_config_are_the_same(golden: Path) -> None:
 def test_saved_and_reloaded(golden: Path, tmp_path: Path, records: list[Record], name: str,
                             shard_size: str | int, monkeypatch) -> None:
     """A saved model comes back bit for bit, in one file or shards, with the keys it had."""
-    monkeypatch.setattr(weights, "SHARD_SIZE", shard_size)
+    monkeypatch.setattr(export, "SHARD_SIZE", shard_size)
     source, folder = golden / name, tmp_path / "model"
     moca = nano_moca.load(source, "cpu")
     save_model(folder, ONE, moca.model, moca.processor)

@@ -23,12 +23,12 @@ from torch import nn
 
 from nano_moca.builtin import COLOURS, NAMES, documents
 from nano_moca.config import BASE
+from nano_moca.convert.export import save_weights
 from nano_moca.families import build_model, load_config
 from nano_moca.files import MocaError, beside, fresh_folder, replace_folder, writing
 from nano_moca.flags import Parser
 from nano_moca.model import VLM
 from nano_moca.plan import check_ours
-from nano_moca.weights import save_weights
 
 SCRIPTS = Path(__file__).resolve().parents[2]  # the folder of the training scripts
 # Those of the committed base, beside the defaults.

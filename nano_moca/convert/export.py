@@ -1,7 +1,7 @@
-"""What a saved model says of itself to other tools.
+"""A saved model: its weights, and what it says of itself to other tools.
 
 If it said nothing, they would open a bidirectional model as a causal one, and compute
-other vectors. So beside the weights lie
+other vectors. So beside the weights, in files of 5 GB with an index, lie
 
     config.json          nested, as transformers from 4.52 on reads it: text_config says
                          `is_causal`, which from 5.4 on it obeys
@@ -13,13 +13,23 @@ Left out: the flat config.json that transformers before 4.52 needs. Neither it n
 versions know of bidirectional attention.
 """
 
+import copy
 import shutil
 from pathlib import Path
 
-from nano_moca.batch import MARK
-from nano_moca.files import read_json, write_json
-from nano_moca.processor import MASK, Processor
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 
+from nano_moca.batch import MARK
+from nano_moca.config import Config
+from nano_moca.distributed import full_tensor
+from nano_moca.files import read_json, write_json, writing
+from nano_moca.processor import MASK, Processor
+from nano_moca.weights import KERNEL, stored_dtype, stored_name
+
+SHARD_SIZE = "5GB"
 # What stands at the top of config.json; all else is the decoder's.
 TOP = ("architectures", "model_type", "vision_config", "nano_moca", "tie_word_embeddings",
        "image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id",
@@ -38,6 +48,53 @@ TEMPLATE = ("{% for message in messages %}{% if message.content is string %}{{ m
 STEPS = (("", "sentence_transformers.base.modules.transformer.Transformer"),
          ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
          ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"))
+
+
+def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config,
+                 trained_with: dict | None = None) -> None:
+    """Write config.json, and the weights in the dtype that it names, shard by shard. All
+    ranks call this, and one of them writes: it never holds more than a shard.
+
+    folder: None on the ranks that do not write. tensors: by our names. trained_with:
+    {"attention": ..., "pooling": ..., "max_tokens": ...}, written as "nano_moca" for
+    `nano_moca.load`; None keeps what was there.
+    """
+    # Which tensors share a file follows from their sizes: so far nothing is gathered.
+    dtype = stored_dtype(config)
+    parameters = {stored_name(name, config): tensor for name, tensor in tensors.items()}
+    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+             for name, tensor in parameters.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
+
+    # One tensor at a time is complete, on the GPU, and one shard, in host memory. The copy
+    # matters on a CPU too: what full_tensor returns may be a view of a longer tensor.
+    kernel = stored_name(KERNEL, config)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            tensor = full_tensor(parameters[name])
+            if folder:
+                shard[name] = tensor.to("cpu", dtype, copy=True)
+        if kernel in shard:
+            shard[kernel] = shard[kernel].view(config.vision.kernel)  # a convolution's again
+        if folder:
+            with writing(folder / file):
+                save_file(shard, folder / file, {"format": "pt"})
+
+    # Where a reader finds which tensor.
+    if not folder:
+        return
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+    # The checkpoint's own config.json, with what may have changed.
+    raw = copy.deepcopy(config.raw)
+    (raw.get("text_config") or raw)["vocab_size"] = config.vocabulary
+    if trained_with is not None:
+        raw["nano_moca"] = trained_with
+    raw["tie_word_embeddings"] = config.tied
+    write_json(folder / "config.json", raw)
 
 
 def write_companions(folder: Path, processor: Processor) -> None:
