@@ -116,11 +116,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor complete, which all ranks have to ask for; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def copy_into_shard(parameter: nn.Parameter, tensor: Tensor) -> None:
     """Copy a complete tensor into a parameter of its shape, sharded or not."""

@@ -32,12 +32,13 @@ from threading import Lock
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nano_moca.checkpoint import snapshot, write_checkpoint
 from nano_moca.config import Config, grow_vocabulary
-from nano_moca.distributed import World, full_tensor
+from nano_moca.distributed import World
 from nano_moca.families import load_config
 from nano_moca.files import MocaError, first_lines, fresh_folder, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
@@ -197,7 +198,7 @@ def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimiz
     """
     # The norm over all parameters and ranks, before clipping.
     norm = nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
-    norm = float(full_tensor(norm))
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     # One step with nan would spoil every weight for good.
     for name, value in (("loss", loss), ("gradient norm", norm)):

@@ -21,7 +21,7 @@ from torch import nn
 from launching import free_port
 from nano_moca import MocaError, checkpoint, trainer
 from nano_moca.checkpoint import digest, snapshot, write_checkpoint
-from nano_moca.distributed import World, full_tensor, local_part, shard
+from nano_moca.distributed import World, local_part, shard
 from nano_moca.files import fresh_folder
 from nano_moca.flags import CommonFlags
 from nano_moca.resume import load_checkpoint
@@ -71,7 +71,8 @@ def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
     for parameter in model.parameters():
         entries = optimizer.state[parameter]
         for tensor in (parameter, *(entries[key] for key in sorted(entries))):
-            tensors.append(full_tensor(tensor.detach()).clone())
+            complete = getattr(tensor, "full_tensor", tensor.detach)()
+            tensors.append(complete.detach().clone())
     return tensors
 
 

@@ -21,10 +21,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nano_moca.batch import MARK
 from nano_moca.config import Config
-from nano_moca.distributed import full_tensor
 from nano_moca.files import read_json, write_json, writing
 from nano_moca.processor import MASK, Processor
 from nano_moca.weights import KERNEL, stored_dtype, stored_name
@@ -72,7 +72,8 @@ def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config
     for file, names in plan.filename_to_tensors.items():
         shard = {}
         for name in names:
-            tensor = full_tensor(parameters[name])
+            tensor = parameters[name]
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if folder:
                 shard[name] = tensor.to("cpu", dtype, copy=True)
         if kernel in shard:
