@@ -18,8 +18,8 @@ crash it is written again from the checkpoint, so the two always fit.
 
 A model whose config.json says bfloat16 is saved in it, though it was trained in float32:
 2^-9 of a weight is rounded away, and with a learning rate of 2e-6 that is what thousands
-of steps may move it. Stage 2 begins from the rounded weights, as it does in the paper's
-code. A "dtype" of float32 in the config.json of the model to start from keeps all.
+of steps may move it. So stage 2 begins from rounded weights. A "dtype" of float32 in the
+config.json of the model that stage 1 starts from keeps all, in twice the bytes.
 
 Left out: keeping more than one checkpoint.
 """
