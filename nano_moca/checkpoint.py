@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, world: World, model: nn.Module,
     # exp_avg and exp_avg_sq have a parameter's shape; its step count is a scalar.
     parameters = []
     moments = []
-    for parameter in model.parameters():
+    for parameter in optimizer.param_groups[0]["params"]:
         parameters.append(local_part(parameter.detach()))
         entries = optimizer.state[parameter].items()
         moments.append({key: local_part(value) for key, value in entries})
@@ -86,7 +86,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module,
     # Everything is compared before anything is copied. torch.load and pickle raise many
     # kinds of errors, and so does what is no tensor.
     file = folder / f"rank-{world.rank:05d}.pt"
-    parameters = list(model.parameters())
+    parameters = optimizer.param_groups[0]["params"]
     try:
         saved = torch.load(regular_file(file), map_location="cpu", weights_only=True)
         state = dict(saved["state"])
@@ -129,7 +129,7 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
     """
     # All ranks gather one tensor at a time; only the main rank keeps it, in host memory.
     tensors = {}
-    for name, parameter in vlm.named_parameters():
+    for name, parameter in vlm.named_weights():
         tensor = parameter.detach()
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
