@@ -160,8 +160,8 @@ def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     plan = (f"{flags.model} -> {Path(flags.output)}: {trained:,} of {parameters:,} parameters "
-            f"trained in float32, {done} of {flags.steps} steps done, each of {step_contents}, "
-            f"{world.size} rank(s), products on {world.device.type} in {world.dtype}, seed {flags.seed}")
+            f"trained in float32, {done} of {flags.steps} steps done, each {step_contents}, seed "
+            f"{flags.seed}, {world.size} rank(s), products on {world.device.type} in {world.dtype}")
     print(one_line(plan), flush=True)
 
 
