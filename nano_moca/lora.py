@@ -19,15 +19,18 @@ all that is trained. There is an adapter beside each linear layer of the decoder
     instead of                  60 GB      133 GB     (16 each)
 
 What it does not save: activations, since gradients still pass through every layer on the
-way down (only the vision tower, with nothing to train in or below it, keeps none); the
-complete weights of the blocks at work; time, for of the three matrix products of a layer
-(forward, gradient of x, gradient of W) only the third one goes. Stage 1's patch decoder
-is new, and thrown away: it is trained in full, and costs another 1.4 GB (3B) or 4 GB.
+way down (only the vision tower, with nothing to train in or below it, keeps none and has
+no backward pass); the complete weights of the blocks at work; much time, for of the three
+matrix products of a layer (forward, gradient of x, gradient of W) only the third one goes.
+Stage 1's patch decoder is new, and thrown away: it is trained in full, and costs another
+1.4 GB (3B) or 4 GB (7B).
 
-A begins random, B as zero, so that the first step sees the model as it was. A x is of
-x's size. alpha is 32 whatever a is, as the authors advise: the pull of the learning rate
-on W then changes little with a, and for the usual a = 16 the factor is 2. The learning
-rate should be about ten times that of full training.
+A begins random, such that A x is of x's size, and B as zero, so that the first step sees
+the model as it was. alpha is 32 whatever a is, as the authors advise: the pull of the
+learning rate on W then changes little with a, and for the usual a = 16 the factor is 2.
+Adapters want a learning rate of their own. For billions of weights, ten times that of full
+training is usual (2e-5 in stage 1, 2e-4 in stage 2); not so in the miniature, whose rates
+are high as they are: there ten times ends in one vector for all (RESULTS.md).
 
 When the model is saved the adapters are merged, W + (alpha / a) B A, into a folder like
 any other. That sum is taken in float32 and rounded once to the dtype of W: of bfloat16
