@@ -36,7 +36,7 @@ from nano_moca.model import POOLINGS, VLM
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
-from nano_moca.weights import empty_model, find_weights, load_weights
+from nano_moca.weights import load_weights
 import torch
 from torch import Tensor
 
@@ -97,13 +97,9 @@ def train(flags: Flags) -> None:
     # The model: shapes without memory at first. `shard` gives each rank memory for its
     # part of every block, and of the root, which is all that is in no block.
     world = init_distributed(flags.device, flags.dtype)
-    folder, config, processor = open_checkpoint(flags)
-    model = empty_model(config)
-    find_weights(folder, model, flags.allow_extra)  # before they are given memory
+    folder, model, processor = open_checkpoint(flags, world)
     shard(model, [*model.visual.blocks, *model.language.layers], world)
     load_weights(model, folder, processor.new_mask_token, flags.allow_extra)
-    model.run_vision_always = True  # in a batch without images too, as in train_cpt.py
-    model.set_checkpointing(flags.checkpointing)
 
     # The data: every rank draws the same pairs, and takes its share of each step.
     skipped = skip_list(flags, world)
@@ -178,7 +174,7 @@ def train(flags: Flags) -> None:
         if step % flags.save_every == 0 or step == flags.steps:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
-    close_run(flags, world, log, loader, data_state)
+    close_run(flags, world, log, loader, data_state, model)
     save_model(output / "model", world, model, processor, {
         "attention": flags.attention, "pooling": pooling, "max_tokens": flags.max_tokens})
 

@@ -30,7 +30,7 @@ from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
-from nano_moca.weights import empty_model, find_weights, load_weights
+from nano_moca.weights import load_weights
 
 
 @dataclass
@@ -84,19 +84,11 @@ def train(flags: Flags) -> None:
     # The model: shapes without memory at first. `shard` gives each rank memory for its
     # part of every block, and of the root, which is all that is in no block.
     world = init_distributed(flags.device, flags.dtype)
-    folder, config, processor = open_checkpoint(flags)
-    vlm = empty_model(config)
-    find_weights(folder, vlm, flags.allow_extra)  # before they are given memory
+    folder, vlm, processor = open_checkpoint(flags, world)
     model = ReconstructionModel(vlm)
     shard(model, [*vlm.visual.blocks, *vlm.language.layers], world)
     load_weights(vlm, folder, processor.new_mask_token, flags.allow_extra)
     model.patch_decoder.init_from(vlm.language, flags.seed)
-
-    # A batch may hold no image. The vision tower runs all the same: under FSDP all
-    # ranks have to run it. One rank alone does so too: AdamW skips weights without any
-    # gradient, and one rank would train differently from two.
-    vlm.run_vision_always = True
-    vlm.set_checkpointing(flags.checkpointing)
 
     # The data: every rank draws the same records, and takes its share of each step.
     records = load_records(flags.data, flags.seed, flags.cap)
@@ -160,7 +152,7 @@ def train(flags: Flags) -> None:
         if step % flags.save_every == 0 or step == flags.steps:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
-    close_run(flags, world, log, loader, data_state)
+    close_run(flags, world, log, loader, data_state, vlm)
     save_model(output / "model", world, vlm, processor,
                {"attention": attention, "max_tokens": flags.max_tokens})
 

@@ -37,8 +37,9 @@ then what they stand on:
 and beside the road: evaluate/ (a trained model in use, and its scores), convert/ (files
 as others write and read them), plan.py (what a run may touch), resume.py (going on after
 a break, on any number of ranks), qwen3/ (what Qwen3-VL does otherwise: read it after
-model.py), report/ (the pictures and scores at the end of a run), builtin/ (the data and
-the base model that come with the code), ablate.py, benchmark.py.
+model.py), lora.py (for those who have one GPU: small matrices beside frozen weights),
+report/ (the pictures and scores at the end of a run), builtin/ (the data and the base model
+that come with the code), ablate.py, benchmark.py.
 
 Glossary. A shape in a comment, such as [T, D], uses these letters. (Sizes of patches and
 groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 values.)
@@ -60,6 +61,7 @@ groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 valu
     H    query heads of an attention layer
     K    key and value heads; H / K query heads share one of them
     d    width of one head
+    a    width of an adapter (LoRA's rank r), --lora
     W    ranks
     s    sequences of one length, which attention computes together
     B    pairs of a step over all ranks
@@ -94,6 +96,8 @@ Words, one meaning each:
     hidden state   what the decoder makes of a token, [D]
     rank           one of the W processes of a run
     step           one update of the weights
+    frozen         not trained: with --lora, all of the checkpoint's weights
+    adapter        two small matrices whose product is added to a frozen one: see lora.py
     micro-batch    what a rank runs forward and backward at once; --accumulate of them
                    make its share of a stage 1 step
     chunk          a part that is computed at once to bound memory: tokens of the fused

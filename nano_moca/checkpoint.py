@@ -50,7 +50,7 @@ def snapshot(world: World, model: nn.Module, optimizer: torch.optim.Optimizer, s
     # exp_avg and exp_avg_sq have a parameter's shape; its step count is a scalar.
     parameters = []
     moments = []
-    for parameter in model.parameters():
+    for parameter in optimizer.param_groups[0]["params"]:
         parameters.append(host_copy(parameter.detach()))
         entries = optimizer.state[parameter].items()
         moments.append({key: host_copy(value) for key, value in entries})
@@ -100,7 +100,7 @@ def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
     # All ranks gather the tensors, the main rank writes them: beside the old model, and
     # renamed when all is complete.
     fresh = fresh_folder(folder) if world.main else None
-    tensors = {name: parameter.detach() for name, parameter in vlm.named_parameters()}
+    tensors = {name: parameter.detach() for name, parameter in vlm.named_weights()}
     save_weights(fresh, tensors, vlm.config, trained_with)
     if world.main:
         with writing(folder):

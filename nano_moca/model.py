@@ -438,6 +438,10 @@ class VLM(nn.Module):
         """[V, D]: the output embedding."""
         return self.language.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """What a checkpoint holds, by name: all parameters but those of adapters (lora.py)."""
+        return [pair for pair in self.named_parameters() if ".lora_" not in pair[0]]
+
     def set_checkpointing(self, on: bool) -> None:
         """Whether both towers recompute their activations in backward."""
         self.visual.checkpointing = on
@@ -490,8 +494,8 @@ class PatchDecoder(nn.Module):
         """Start the layer as a copy of the decoder's middle one, the linear map
         small and random. (Released code: src/model.py:315-320.)"""
         middle = decoder.layers[len(decoder.layers) // 2]
-        for own, theirs in zip(self.layer.parameters(), middle.parameters(), strict=True):
-            own.copy_(theirs)
+        for name, own in self.layer.named_parameters():
+            own.copy_(middle.get_parameter(name))
 
         # Every rank draws the whole map from the same seed, and keeps its part.
         generator = torch.Generator().manual_seed(seed)

@@ -77,7 +77,7 @@ def load_checkpoint(folder: Path, world: World, model: nn.Module, optimizer: Opt
 
     # Everything is looked at before anything is copied. torch.load and pickle raise many
     # kinds of errors, and so does what is no tensor.
-    parameters = list(model.parameters())
+    parameters = optimizer.param_groups[0]["params"]
     files = []
     suspect = folder / "rank-00000.pt"
     try:

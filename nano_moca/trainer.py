@@ -4,9 +4,9 @@ Plain functions, each of which does one thing; the two loops stand in the script
 train_cpt.py and train_cl.py, which call them in this order:
 
     guarded            looks first at what the run may touch
-    open_checkpoint    find the model to start from; its config and processor
+    open_checkpoint    find the model to start from; its shapes and processor
     skip_list          where unusable records are listed
-    make_optimizer     AdamW over all parameters
+    make_optimizer     AdamW over all that is trained
     resume             after a break: weights, optimiser and data as they were (resume.py)
     print_plan         one line that says what will be done
     Log                log.jsonl and the progress bar
@@ -37,13 +37,13 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nano_moca.checkpoint import snapshot, write_checkpoint
-from nano_moca.config import Config, grow_vocabulary
+from nano_moca.config import grow_vocabulary
 from nano_moca.distributed import World
 from nano_moca.families import load_config
 from nano_moca.files import MocaError, first_lines, fresh_folder, one_line, put_text, writing
 from nano_moca.flags import CommonFlags
 from nano_moca.processor import Processor
-from nano_moca.weights import PROCESSOR_FILES, find_checkpoint
+from nano_moca.weights import PROCESSOR_FILES, empty_model, find_checkpoint, find_weights
 
 # One thread writes the checkpoints, one at a time; here is the one under way, if any.
 WRITER = ThreadPoolExecutor(1)
@@ -68,11 +68,12 @@ def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], Non
     return checked
 
 
-def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
-    """The folder of the checkpoint that --model names, its config and its processor.
+def open_checkpoint(flags: CommonFlags, world: World) -> tuple[Path, nn.Module, Processor]:
+    """The folder of the checkpoint that --model names, a model of its shapes, and its
+    processor.
 
-    Nothing big is read yet (but a hub id is downloaded). MocaError says what is missing
-    or not supported.
+    Nothing big is read yet (but a hub id is downloaded): the model has no memory, and its
+    weights are known to be there. MocaError says what is missing or not supported.
     """
     folder = find_checkpoint(flags.model)
     config = load_config(folder)
@@ -80,16 +81,34 @@ def open_checkpoint(flags: CommonFlags) -> tuple[Path, Config, Processor]:
     processor = Processor.load(tools, config, flags.min_pixels, flags.max_pixels)
 
     # A new mask token takes a padded row of the embedding, or a new row if none is free.
-    return folder, grow_vocabulary(config, processor.mask_token), processor
+    vlm = empty_model(grow_vocabulary(config, processor.mask_token))
+    find_weights(folder, vlm, flags.allow_extra)
+    vlm.set_checkpointing(flags.checkpointing)
+
+    # A batch may hold no image. The vision tower runs all the same: under FSDP all ranks
+    # have to run it. One rank alone does so too: AdamW skips weights without any
+    # gradient, and one rank would train differently from two.
+    vlm.run_vision_always = True
+
+    # With --lora most weights are frozen, and small matrices beside them are trained.
+    if flags.lora:
+        from nano_moca.lora import add_adapters  # stands beside the road
+
+        add_adapters(vlm, flags.lora, world.dtype)
+    return folder, vlm, processor
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> AdamW:
-    """AdamW over all parameters; its moments begin with the first step.
+    """AdamW over all that is trained; its moments begin with the first step.
 
     The second beta is 0.95, as is usual for language models, so that the scale of the
     gradients is followed within tens of steps. (The released code has 0.999, no decay.)
     """
-    return AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    # On CUDA one kernel for all: else a step takes 4 bytes a parameter more for a moment.
+    fused = trained[0].is_cuda
+    return AdamW(trained, learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
 
 
 def skip_list(flags: CommonFlags, world: World) -> Path | None:
@@ -117,6 +136,12 @@ def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimi
     if world.main:
         skipped = Path(flags.output) / "skipped.jsonl.part"
         put_text(skipped, saved["skipped"] if saved else "")
+
+    # Adapters begin, or go on beside the same frozen weights as before.
+    if flags.lora:
+        from nano_moca.lora import begin
+
+        batches.state["frozen"] = begin(model, flags.seed, world, saved)
     return saved
 
 
@@ -132,9 +157,10 @@ def print_plan(flags: CommonFlags, world: World, model: nn.Module, done: int,
 
     # Numel of a sharded parameter counts the parts of all ranks.
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = (f"{flags.model} -> {Path(flags.output)}: {parameters:,} parameters, {done} of "
-            f"{flags.steps} steps done, each of {step_contents}, {world.size} rank(s), products on "
-            f"{world.device.type} in {world.dtype}, weights in float32, seed {flags.seed}")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    plan = (f"{flags.model} -> {Path(flags.output)}: {trained:,} of {parameters:,} parameters "
+            f"trained in float32, {done} of {flags.steps} steps done, each {step_contents}, seed "
+            f"{flags.seed}, {world.size} rank(s), products on {world.device.type} in {world.dtype}")
     print(one_line(plan), flush=True)
 
 
@@ -262,15 +288,20 @@ def finish_checkpoint() -> None:
         UNDER_WAY.pop().result()
 
 
-def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator,
-              data_state: dict) -> None:
-    """After the last step: close log and loader, wait for the last checkpoint, and say how
-    much was skipped.
+def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator, data_state: dict,
+              vlm: nn.Module) -> None:
+    """After the last step: close log and loader, wait for the last checkpoint, merge
+    adapters into their weights, and say how much was skipped.
 
-    loader: draws one step ahead, in a thread. data_state: after the last step.
+    loader: draws one step ahead, in a thread. data_state: after the last step. vlm: what
+    will be saved.
     """
     log.bar.close()
     finish_checkpoint()
+    if flags.lora:
+        from nano_moca.lora import merge_adapters
+
+        merge_adapters(vlm)
 
     # Nothing was learned from the step drawn ahead: take back what it listed as skipped.
     loader.close()

@@ -140,7 +140,7 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
     """
     # The files hold the vocabulary as it was before it grew for a mask token. A tied
     # head may be stored too: load_weights compares it with the embedding.
-    needed = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    needed = {name: tuple(weight.shape) for name, weight in model.named_weights()}
     table = (model.config.stored_vocabulary, model.config.width)
     asked = needed | {EMBEDDING: table, HEAD: table, KERNEL: model.config.vision.kernel}
 
@@ -190,7 +190,7 @@ def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None,
     found = find_weights(folder, model, allow_extra)
 
     # One tensor at a time; of a sharded parameter, each rank keeps its part.
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_weights():
         tensor = read_tensor(*found[name])
         if name in (EMBEDDING, HEAD) and new_mask_token is not None:
             tensor = add_mask_token(tensor, new_mask_token, parameter.shape[0])

@@ -123,8 +123,8 @@ def words(golden: Path, output: Path | str, defaults: str, *flags: str | Path) -
 @pytest.fixture(scope="module")
 def launch(golden: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
            ) -> Iterator[Callable[..., Job]]:
-    """Start a run: launch(output, *flags, ranks=, file_size=, fault=)."""
-    script, defaults = request.module.SCRIPT.__name__, request.module.DEFAULTS
+    """Start a run: launch(output, *flags, ranks=, file_size=, fault=, script=)."""
+    defaults = request.module.DEFAULTS
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context = multiprocessing.get_context("forkserver")
@@ -132,7 +132,8 @@ def launch(golden: Path, tmp_path_factory: pytest.TempPathFactory, request: pyte
     folder, jobs = tmp_path_factory.mktemp("said"), []
 
     def launch(output: Path | str, *flags: str | Path, ranks: int = 1,
-               file_size: int | None = None, fault: str | None = None) -> Job:
+               file_size: int | None = None, fault: str | None = None,
+               script: ModuleType = request.module.SCRIPT) -> Job:
         said, processes = folder / str(len(jobs)), []
         line = words(golden, output, defaults, *flags)
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -141,7 +142,7 @@ def launch(golden: Path, tmp_path_factory: pytest.TempPathFactory, request: pyte
             environment = address | {name: str(value) for name, value in place.items()}
             environment = environment if ranks > 1 else {}
             processes.append(context.Process(
-                target=child, args=(script, line, said, environment, file_size, fault),
+                target=child, args=(script.__name__, line, said, environment, file_size, fault),
                 daemon=True))
             processes[-1].start()
         jobs.append(Job(processes, said))
