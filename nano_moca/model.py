@@ -98,7 +98,7 @@ class RMSNorm(nn.Module):
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): the MLP of both decoders, and of Qwen2.5-VL's vision
-    tower, with bias there."""
+    tower, with bias there. Between the maps [..., mlp_width]."""
 
     def __init__(self, width: int, mlp_width: int, bias: bool) -> None:
         super().__init__()
@@ -108,8 +108,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> [..., width]."""
-        inner = silu_gate(self.gate_proj(x), self.up_proj(x))  # [..., mlp_width]
-        return self.down_proj(inner)
+        return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x)))
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
