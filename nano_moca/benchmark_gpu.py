@@ -143,24 +143,29 @@ def print_losses(world: World, config: Config, R: int) -> None:
     pixels = hidden.new_zeros(0, 4)
 
     def liger() -> Callable:
+        """Liger-Kernel's: Triton, fused with the gradient as ours is."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return lambda: LigerFusedLinearCrossEntropyLoss()(head, hidden, labels)
 
     def cut_cross_entropy() -> Callable:
+        """Apple's: no logits in memory at all, computed again in backward."""
         from cut_cross_entropy import linear_cross_entropy
 
         return lambda: linear_cross_entropy(hidden, head, labels)
 
     def linear_cross_entropy() -> Callable:
+        """PyTorch's own, since 2.13."""
         chunked = nn.LinearCrossEntropyOptions()
         return lambda: F.linear_cross_entropy(hidden, head, labels, options=chunked)
 
     def ours(loss: Callable, backend: str) -> Callable:
+        """The fused loss or its plain twin."""
         return lambda: loss(hidden, head, labels, pixels, pixels, backend)[0]
 
-    def prepare_loss(engine: Callable[[], Callable]) -> Callable[[], None]:
-        loss = engine()  # imported, or not found, only now
+    def prepare_loss(engine: Callable[[], Callable]) -> Callable[[], object]:
+        """Forward and backward. A library is imported, or not found, only now."""
+        loss = engine()
         return lambda: torch.autograd.grad(loss(), (hidden, head))
 
     engines = {"fused, Triton": partial(ours, masked_reconstruction_loss, "triton"),
@@ -214,6 +219,7 @@ def prepare_step(world: World, config: Config, stage: int, loss: Callable, check
     optimizer = make_optimizer(root, 1e-6)
 
     def step() -> None:
+        """What a script does with one micro-batch."""
         loss(root).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -229,10 +235,12 @@ def print_stages(world: World, config: Config, masked: MaskedBatch, batch: Batch
     local_index = torch.arange(n, device=world.device)
 
     def stage_1(root: nn.Module) -> Tensor:
+        """MLM and MAE."""
         mlm, mae = root(masked, causal=False)
         return mlm + 0.5 * mae
 
     def stage_2(root: nn.Module) -> Tensor:
+        """InfoNCE, without hard negatives."""
         vectors = root.embed(batch, causal=False, pooling="mean")  # [N, D]
         queries, positives, rest = vectors.split([n, n, len(vectors) - 2 * n])
         return info_nce(queries, positives, rest[:0], local_index, excluded, 0.03)[0]

@@ -152,10 +152,10 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
          processor: str | Path | None = None, allow_extra: bool = False) -> Moca:
     """Load a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or MoCa checkpoint.
 
-    device: default CUDA if there is one. dtype: default float32 on CPU and on a GPU older
-    than Ampere, the checkpoint's own on others. attention: "bidirectional" or "causal", pooling: "mean" or
-    "last"; default: what the model was trained with (our scripts write it into
-    config.json), else bidirectional, and the mean, or if causal the last token. The
+    device: default CUDA if there is one. dtype: default the checkpoint's own on CUDA,
+    float32 on CPU and on a GPU older than Ampere. attention: "bidirectional" or "causal",
+    pooling: "mean" or "last"; default: what the model was trained with (our scripts write
+    it into config.json), else bidirectional, and the mean, or if causal the last token. The
     pixel limits of images are the checkpoint's unless given. max_tokens: longer texts
     are shortened to it; default: what the model was trained with, else no limit.
     processor: the checkpoint whose tokenizer and image processor are taken, for weights
