@@ -7,7 +7,8 @@ a block runs, its weights are gathered from all ranks, and dropped again after i
 backward averages the gradients and leaves each rank the part that it keeps.
 
 The precision policy, in one place: master weights, summed gradients and optimiser
-state are float32; matrix products and activations are in `--dtype` (bfloat16 on CUDA);
+state are float32; matrix products and activations are in `--dtype` (bfloat16 on CUDA,
+from Ampere on);
 norms, softmax and losses are computed in float32 whatever the dtype.
 
 Left out: tensor and pipeline parallelism, and going on with another number of ranks.

@@ -63,7 +63,7 @@ class CommonFlags:
 
     # How it runs, and what happens when something breaks.
     device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
-    dtype: str = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
+    dtype: str = flag(None, "default: bfloat16 if the GPU has it", choices=("float32", "bfloat16"))
     checkpointing: bool = flag(False, "recompute activations in backward to save memory")
     save_every: int = flag(100, "steps between checkpoints", low=1)
     resume: bool = flag(False, "continue from the checkpoint in --output")

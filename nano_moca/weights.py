@@ -16,8 +16,9 @@ nothing else may be: if a missing key goes unnoticed, the model runs and its out
 is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
-keeps its part. We save in the first layout, which every reader knows; a family that is
-younger than it in its own (`Config.saved_names`).
+keeps its part. The vision tower's MLPs get zeros behind them when they are loaded, and
+lose them when they are saved (`stored_part`). We save in the first layout, which every
+reader knows; a family that is younger than it in its own (`Config.saved_names`).
 
 A checkpoint may come from a stranger, or of a run that diverged: the shards that an
 index names lie in its folder, and weights are floating-point numbers and finite.
