@@ -55,8 +55,7 @@ class Flags:
     device: str = flag("cpu", "where to run", choices=("cpu", "cuda"))
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16"))
     gpu: bool = flag(False, "first what a GPU makes of both stages, then all of this on it")
-    step_records: int = flag(12, "with --gpu: records in a step", low=2, high=10**5)
-    checkpointing: bool = flag(False, "with --gpu: recompute activations to save memory")
+    step_records: int = flag(4, "with --gpu: records in a step", low=2, high=10**5)
     peak: float = flag(None, "with --gpu: its TFLOP/s, if it is not known", low=1e-3, high=1e6)
 
 
@@ -187,7 +186,7 @@ def main(flags: Flags) -> None:
         return
     from nano_moca.benchmark_gpu import benchmark_gpu
 
-    world = benchmark_gpu(flags.model, flags.step_records, flags.checkpointing, flags.peak)
+    world = benchmark_gpu(flags.model, flags.step_records, flags.peak)
     dtype = str(world.dtype).removeprefix("torch.")
     print()
     try:

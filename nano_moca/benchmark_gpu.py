@@ -10,7 +10,7 @@ line that says so:
 The model has random weights, so --model needs no more than config.json and the
 processor's files; without it the shape is Qwen2.5-VL-3B's. On a CPU it is the nano base's:
 that shows that the command works, and no speed. *MFU*, model FLOPs utilisation, is what
-the products of a step need (without what --checkpointing computes twice) over what the
+the products of a step need (without what checkpointing computes twice) over what the
 card could do in that time at its bfloat16 peak.
 
 Left out: several cards, and reading data; the log of a run says what both come to.
@@ -228,8 +228,11 @@ def prepare_step(world: World, config: Config, stage: int, loss: Callable, check
 
 
 def print_stages(world: World, config: Config, masked: MaskedBatch, batch: Batch,
-                 checkpointing: bool, peak: float | None) -> None:
-    """A step of each stage. batch: the same records as `masked` has, unmasked."""
+                 peak: float | None) -> None:
+    """A step of each stage. batch: the same records as `masked` has, unmasked.
+
+    Without checkpointing 3B fits no single card of 80 GB: its line says so then.
+    """
     n = len(batch.lengths) // 2  # pairs: the first half of the records are the queries
     excluded = torch.zeros(n, n, dtype=torch.bool, device=world.device)
     local_index = torch.arange(n, device=world.device)
@@ -251,11 +254,12 @@ def print_stages(world: World, config: Config, masked: MaskedBatch, batch: Batch
     of_both = [step_flops(ReconstructionModel(vlm), config, batch, len(masked.labels),
                           len(masked.target)), step_flops(vlm, config, batch)]
     for number, (loss, flops) in enumerate(zip((stage_1, stage_2), of_both, strict=True), 1):
-        prepare = partial(prepare_step, world, config, number, loss, checkpointing)
-        print_row(f"stage {number}", prepare, flops, tokens, peak)
+        for checkpointing, how in ((True, ", checkpointing"), (False, "")):
+            prepare = partial(prepare_step, world, config, number, loss, checkpointing)
+            print_row(f"stage {number}{how}", prepare, flops, tokens, peak)
 
 
-def benchmark_gpu(name: str | None, records: int, checkpointing: bool, peak: float | None) -> World:
+def benchmark_gpu(name: str | None, records: int, peak: float | None) -> World:
     """Print the three tables, and return where and in which dtype they were measured.
 
     name: of the folder or hub id of a model's shape. records: in a batch. peak: of the
@@ -283,6 +287,5 @@ def benchmark_gpu(name: str | None, records: int, checkpointing: bool, peak: flo
 
     print_errors(world.device)
     print_losses(world, config, R=4096 if cuda else 256)
-    print_stages(world, config, masked.to(world.device), batch.to(world.device), checkpointing,
-                 peak)
+    print_stages(world, config, masked.to(world.device), batch.to(world.device), peak)
     return world

@@ -66,7 +66,7 @@ def test_what_a_gpu_would_be_asked_runs_on_a_cpu(golden: Path, capsys, monkeypat
     lines = {line[:24].strip(): line[24:].split() for line in out.splitlines() if line}
     for absent, why in (("fused, Triton", "RuntimeError:"), ("Liger", "ModuleNotFoundError:")):
         assert lines[absent][:3] == ["not", "measured:", why]
-    for stage in ("stage 1", "stage 2"):
+    for stage in ("stage 1", "stage 2", "stage 1, checkpointing", "stage 2, checkpointing"):
         milliseconds, memory, rate, share = (float(x.replace(",", "")) for x in lines[stage])
         assert milliseconds > 0 and memory != memory and 0 < share
     assert float(lines["fused, PyTorch"][0]) > 0 and float(lines["full logits"][0]) > 0
