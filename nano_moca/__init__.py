@@ -39,7 +39,7 @@ as others write and read them), plan.py (what a run may touch), resume.py (going
 a break, on any number of ranks), qwen3/ (what Qwen3-VL does otherwise: read it after
 model.py), lora.py (for those who have one GPU: small matrices beside frozen weights),
 report/ (the pictures and scores at the end of a run), builtin/ (the data and the base model
-that come with the code), ablate.py, benchmark.py.
+that come with the code), ablate.py, benchmark.py and benchmark_gpu.py.
 
 Glossary. A shape in a comment, such as [T, D], uses these letters. (Sizes of patches and
 groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 values.)

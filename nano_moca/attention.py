@@ -20,6 +20,7 @@ decoding recomputes.
 """
 
 from dataclasses import dataclass, field
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch: the grouped path serves CUDA too
     varlen_attn = None
+# Whether it takes fewer heads of keys and values than of queries: torch 2.13's does.
+TAKES_GROUPS = varlen_attn and "enable_gqa" in signature(varlen_attn).parameters
 
 
 @dataclass
@@ -138,12 +141,16 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
 
     Shapes as in `attend`.
     """
-    T, H, d = query.shape
-    K = key.shape[1]
-    key = key.repeat_interleave(H // K, dim=1)  # [T, H, d]
-    value = value.repeat_interleave(H // K, dim=1)  # [T, H, d]
-
     # How far a token sees to its left and right; -1: to the border of its sequence.
-    window = (-1, 0) if causal else (-1, -1)
+    options: dict[str, object] = {"window_size": (-1, 0) if causal else (-1, -1)}
+
+    # Grouped queries: the kernel reads one head for all that share it, or gets copies.
+    H, K = query.shape[1], key.shape[1]
+    if TAKES_GROUPS:
+        options["enable_gqa"] = True
+    elif H != K:
+        key = key.repeat_interleave(H // K, dim=1)  # [T, H, d]
+        value = value.repeat_interleave(H // K, dim=1)  # [T, H, d]
+
     ends, longest = segments.offsets, max(segments.lengths)
-    return varlen_attn(query, key, value, ends, ends, longest, longest, window_size=window)
+    return varlen_attn(query, key, value, ends, ends, longest, longest, **options)

@@ -1,7 +1,7 @@
 """What packing is worth: the same records through transformers, padded, and through us.
 
     pip install transformers
-    python -m nano_moca.benchmark [--model DIR|HUB_ID]
+    python -m nano_moca.benchmark [--model DIR|HUB_ID] [--gpu]
 
 One model (if none is named, the nano base made wider, with random weights, about in
 the proportions of Qwen2.5-VL-3B), one process, the same batches, causal in both (as
@@ -9,7 +9,7 @@ transformers computes it), the two taking turns. Three mixes of the built-in rec
 they come; sorted by length before they are cut into batches, the best that padding can
 do for itself; and all of one length, so that nothing is padded. Only real tokens count.
 Before anything is timed the two have to compute the same hidden states. The last line
-says where our time goes.
+says where our time goes. What --gpu adds is in benchmark_gpu.py.
 
 Left out: reading images, which both need, and making positions, which both are given.
 """
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +55,9 @@ class Flags:
     records: int = flag(64, "in a batch: about two steps of train_cpt.py", low=1, high=10**5)
     device: str = flag("cpu", "where to run", choices=("cpu", "cuda"))
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16"))
+    gpu: bool = flag(False, "first what a GPU makes of both stages, then all of this on it")
+    step_records: int = flag(4, "with --gpu: records in a step", low=2, high=10**5)
+    peak: float = flag(None, "with --gpu: its TFLOP/s, if it is not known", low=1e-3, high=1e6)
 
 
 def make_wide(folder: Path, width: int) -> None:
@@ -177,5 +180,22 @@ def benchmark(flags: Flags) -> float:
     return apart
 
 
+def main(flags: Flags) -> None:
+    """The comparison; with --gpu, the tables of benchmark_gpu.py before it."""
+    if not flags.gpu:
+        benchmark(flags)
+        return
+    from nano_moca.benchmark_gpu import benchmark_gpu
+
+    world = benchmark_gpu(flags.model, flags.step_records, flags.peak)
+    dtype = str(world.dtype).removeprefix("torch.")
+    print()
+    try:
+        benchmark(replace(flags, device=world.device.type, dtype=dtype))
+    except MocaError as error:
+        # Without transformers, for instance, or with a --model that has no weights.
+        print(f"packing is not compared: {error}")
+
+
 if __name__ == "__main__":
-    main_guard(lambda: benchmark(parse_flags(Flags, None, "Packed and padded, side by side.")))
+    main_guard(lambda: main(parse_flags(Flags, None, "Packed and padded, side by side.")))

@@ -7,7 +7,8 @@ a block runs, its weights are gathered from all ranks, and dropped again after i
 backward averages the gradients and leaves each rank the part that it keeps.
 
 The precision policy, in one place: master weights, summed gradients and optimiser
-state are float32; matrix products and activations are in `--dtype` (bfloat16 on CUDA);
+state are float32; matrix products and activations are in `--dtype` (bfloat16 on CUDA,
+from Ampere on);
 norms, softmax and losses are computed in float32 whatever the dtype.
 
 Left out: tensor and pipeline parallelism.
@@ -61,10 +62,23 @@ class World:
             dist.barrier()
 
 
+def choose_dtype(device: torch.device, asked: torch.dtype | None,
+                 usual: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products: the one asked for, else the usual one of the device.
+
+    GPUs before Ampere (2020) compute in float32: they have no bfloat16, nor the kernel
+    for packed sequences. MocaError if less than float32 is asked of one.
+    """
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and asked is not None and asked.itemsize < 4:
+        raise MocaError(f"{asked} needs a GPU of Ampere (2020) or later: use dtype float32")
+    return asked or (torch.float32 if old else usual)
+
+
 def init_distributed(device: str | None, dtype: str | None) -> World:
     """Choose device and dtype (None: the best there is), and join the group of ranks.
 
-    MocaError if CUDA is asked for and there is none.
+    MocaError if CUDA is asked for and there is none, or it cannot compute in `dtype`.
     """
     # Torchrun says who we are in three variables; without it we are alone.
     rank = int(os.environ.get("RANK", "0"))
@@ -74,11 +88,12 @@ def init_distributed(device: str | None, dtype: str | None) -> World:
     # Each rank takes the GPU of its number on this machine.
     if device == "cuda" and not torch.cuda.is_available():
         raise MocaError("--device cuda: no CUDA device is visible: use --device cpu")
-    chosen, default_dtype, backend = torch.device("cpu"), "float32", "gloo"
+    chosen, usual, backend = torch.device("cpu"), torch.float32, "gloo"
     if device != "cpu" and torch.cuda.is_available():
-        chosen, default_dtype, backend = torch.device("cuda", local_rank), "bfloat16", "nccl"
+        chosen, usual, backend = torch.device("cuda", local_rank), torch.bfloat16, "nccl"
         torch.cuda.set_device(chosen)
-    world = World(rank, size, chosen, getattr(torch, dtype or default_dtype))
+    asked = getattr(torch, dtype) if dtype else None
+    world = World(rank, size, chosen, choose_dtype(chosen, asked, usual))
 
     # bfloat16 products over float32 weights are FSDP2's work too: a group even if alone.
     if world.sharded and not dist.is_initialized():

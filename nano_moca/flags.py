@@ -63,7 +63,7 @@ class CommonFlags:
 
     # How it runs, and what happens when something breaks.
     device: str = flag(None, "default: cuda if there is one", choices=("cpu", "cuda"))
-    dtype: str = flag(None, "default: bfloat16 on cuda", choices=("float32", "bfloat16"))
+    dtype: str = flag(None, "default: bfloat16 if the GPU has it", choices=("float32", "bfloat16"))
     lora: int = flag(0, "width of adapters (see lora.py); 0: train all weights", low=0, high=4096)
     checkpointing: bool = flag(False, "recompute activations in backward to save memory")
     save_every: int = flag(100, "steps between checkpoints", low=1)

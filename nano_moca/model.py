@@ -23,7 +23,8 @@ attention.py: a mask that is left out). All weights are trained in both stages. 
 out: video, sampling, key-value caches.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from nano_moca.attention import Segments, attend
 from nano_moca.batch import Batch
 from nano_moca.config import Config, VisionConfig
 from nano_moca.distributed import copy_into_shard
+from nano_moca.kernels import TRITON_AVAILABLE
 from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import MaskedBatch
 
@@ -44,8 +46,45 @@ POOLINGS = ("mean", "last")
 # --- layers that both towers share ----------------------------------------------------
 
 
+def fused_on_cuda(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Run a function as it is written on a CPU, and as one kernel on a GPU.
+
+    Line by line a GPU would read and write all of a tensor for each operation, and that,
+    not the arithmetic, is what takes the time. `torch.compile` makes one kernel of the lines,
+    for tensors of any length (`dynamic`), the first time that a GPU's tensor comes.
+    """
+    @lru_cache
+    def compiled() -> Callable[..., Tensor]:
+        # One kernel for each width and dtype, view or not, with gradient and without.
+        torch._dynamo.config.recompile_limit = 32
+        return torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def run(x: Tensor, *others: object) -> Tensor:
+        chosen = compiled() if x.is_cuda and TRITON_AVAILABLE else function
+        return chosen(x, *others)
+
+    return run
+
+
+@fused_on_cuda
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., width] divided by its root mean square, computed in float32, and scaled by
+    weight [width]. Returns x's shape and dtype."""
+    wide = x.float()
+    mean_square = wide.pow(2).mean(-1, keepdim=True)  # [..., 1]
+    scaled = wide * torch.rsqrt(mean_square + eps)
+    return scaled.to(x.dtype) * weight
+
+
+@fused_on_cuda
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all of one shape."""
+    return F.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, computed in float32, and scale by a learnt weight."""
+    """`rms_norm` with a learnt weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -54,15 +93,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and dtype."""
-        wide = x.float()
-        mean_square = wide.pow(2).mean(-1, keepdim=True)  # [..., 1]
-        scaled = wide * torch.rsqrt(mean_square + self.eps)
-        return scaled.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): the MLP of both decoders, and of Qwen2.5-VL's vision
-    tower, with bias there."""
+    tower, with bias there. Between the maps [..., mlp_width]."""
 
     def __init__(self, width: int, mlp_width: int, bias: bool) -> None:
         super().__init__()
@@ -72,8 +108,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> [..., width]."""
-        gate = F.silu(self.gate_proj(x))  # [..., mlp_width]
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(silu_gate(self.gate_proj(x), self.up_proj(x)))
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
@@ -83,20 +118,21 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta**-exponents
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+@fused_on_cuda
+def rotate(x: Tensor, angles: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotary position embedding: turn the pair (x[i], x[i + d/2]) by angles[i].
 
     x [T, H, d]; angles [T, d/2] float32. After it, positions enter the product of
-    a query and a key only by their difference. Sines are taken in float32
-    whatever x's dtype.
+    a query and a key only by their difference. Sines are taken in float32 whatever
+    x's dtype, and products in `dtype`. Returns x's shape and dtype.
     """
-    cos = angles.cos()[:, None, :].to(x.dtype)  # [T, 1, d/2]
-    sin = angles.sin()[:, None, :].to(x.dtype)  # [T, 1, d/2]
+    cos = angles.cos()[:, None, :].to(dtype)  # [T, 1, d/2]
+    sin = angles.sin()[:, None, :].to(dtype)  # [T, 1, d/2]
 
-    first, second = x.chunk(2, dim=-1)  # [T, H, d/2] each
+    first, second = x.to(dtype).chunk(2, dim=-1)  # [T, H, d/2] each
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
-    return torch.cat([turned_first, turned_second], dim=-1)  # [T, H, d]
+    return torch.cat([turned_first, turned_second], dim=-1).to(x.dtype)  # [T, H, d]
 
 
 def run_layer(layer: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
@@ -104,7 +140,8 @@ def run_layer(layer: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
     but computed again in backward. That saves the memory of all layers but one, and
     costs a second forward pass."""
     if checkpointing:
-        return checkpoint(layer, *inputs, use_reentrant=False)
+        # Nothing in a layer is random: no state of the generators has to be kept.
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
     return layer(*inputs)
 
 
@@ -149,8 +186,8 @@ class VisionAttention(nn.Module):
         query, key, value = qkv.unbind(1)  # [P, H, d] each
 
         # The rotation is computed in float32 here, as Qwen does; not so in the decoder.
-        query = rotate(query.float(), angles).to(x.dtype)  # [P, H, d]
-        key = rotate(key.float(), angles).to(x.dtype)  # [P, H, d]
+        query = rotate(query, angles, torch.float32)  # [P, H, d]
+        key = rotate(key, angles, torch.float32)  # [P, H, d]
 
         out = attend(query, key, value, segments, causal=False)  # [P, H, d]
         return self.proj(out.flatten(1))  # [P, E]
@@ -165,7 +202,7 @@ class VisionBlock(nn.Module):
         self.norm2 = vision_norm(config)
         self.attn = VisionAttention(config)
         if config.act == "silu":
-            self.mlp = SwiGLU(config.width, config.mlp_width, bias=True)
+            self.mlp = SwiGLU(config.width, config.padded_mlp_width, bias=True)
         else:
             self.mlp = QuickGeluMLP(config.width, config.mlp_width)
 
@@ -344,8 +381,8 @@ class SelfAttention(nn.Module):
         value = self.v_proj(x).view(T, K, d)
 
         # Positions enter here.
-        query = rotate(query, angles)
-        key = rotate(key, angles)
+        query = rotate(query, angles, x.dtype)
+        key = rotate(key, angles, x.dtype)
         out = attend(query, key, value, segments, causal)  # [T, H, d]
         return self.o_proj(out.flatten(1))  # [T, D]
 

@@ -16,8 +16,10 @@ nothing else may be: if a missing key goes unnoticed, the model runs and its out
 is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
-keeps its part. We save (convert/export.py) in the first layout, which every reader knows;
-a family that is younger than it in its own (`Config.saved_names`).
+keeps its part. The vision tower's MLPs get zeros behind them when they are loaded, and
+lose them when they are saved (`stored_part`). We save (convert/export.py) in the first
+layout, which every reader knows; a family that is younger than it in its own
+(`Config.saved_names`).
 
 A checkpoint may come from a stranger, or of a run that diverged: the shards that an
 index names lie in its folder, and weights are floating-point numbers and finite.
@@ -89,6 +91,18 @@ def stored_name(ours: str, config: Config) -> str:
     return f"{config.saved_names.get(tower, tower)}.{rest}"
 
 
+def stored_part(ours: str, config: Config) -> tuple[slice, ...]:
+    """Which part of a parameter the files hold: () for all of it. In memory the vision
+    tower's MLPs are padded, see `VisionConfig.padded_mlp_width`."""
+    kept = slice(config.vision.mlp_width)
+    vision_mlp = ours.startswith("visual.blocks.") and ".mlp." in ours
+    if vision_mlp and "down_proj.weight" in ours:
+        return slice(None), kept
+    if vision_mlp and ("gate_proj" in ours or "up_proj" in ours):
+        return (kept,)
+    return ()
+
+
 def find_shards(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights: model.safetensors, or those that the
     index names. A folder with both is refused. (transformers reads the first then; but
@@ -140,7 +154,10 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
     """
     # The files hold the vocabulary as it was before it grew for a mask token. A tied
     # head may be stored too: load_weights compares it with the embedding.
-    needed = {name: tuple(weight.shape) for name, weight in model.named_weights()}
+    needed: dict[str, tuple[int, ...]] = {}
+    for name, weight in model.named_weights():
+        shape = torch.empty(weight.shape, device="meta")[stored_part(name, model.config)].shape
+        needed[name] = tuple(shape)
     table = (model.config.stored_vocabulary, model.config.width)
     asked = needed | {EMBEDDING: table, HEAD: table, KERNEL: model.config.vision.kernel}
 
@@ -194,6 +211,10 @@ def load_weights(model: VLM, folder: Path, new_mask_token: int | None = None,
         tensor = read_tensor(*found[name])
         if name in (EMBEDDING, HEAD) and new_mask_token is not None:
             tensor = add_mask_token(tensor, new_mask_token, parameter.shape[0])
+        if part := stored_part(name, model.config):
+            padded = tensor.new_zeros(parameter.shape)
+            padded[part] = tensor
+            tensor = padded
         copy_into_shard(parameter, tensor.view(parameter.shape))
 
     # If config.json says tied and the files hold another head, one of them is wrong.

@@ -144,8 +144,8 @@ def test_rotary_product_depends_on_the_difference_of_positions() -> None:
     frequencies = rotary_frequencies(WIDTH, 10000.0, torch.device("cpu")).double()
 
     def product(m: int, n: int) -> Tensor:
-        turned_query = rotate(query, m * frequencies[None])
-        turned_key = rotate(key, n * frequencies[None])
+        turned_query = rotate(query, m * frequencies[None], query.dtype)
+        turned_key = rotate(key, n * frequencies[None], key.dtype)
         return torch.einsum("thd,thd->h", turned_query, turned_key)
 
     torch.testing.assert_close(product(7, 4), product(103, 100))
@@ -157,7 +157,7 @@ def test_rotary_keeps_lengths_and_leaves_position_zero() -> None:
     """A rotation changes no norm, and position 0 changes nothing."""
     x = make_inputs(5, 2)[0].detach()
     frequencies = rotary_frequencies(WIDTH, 10000.0, torch.device("cpu"))
-    turned = rotate(x, torch.arange(5)[:, None] * frequencies)
+    turned = rotate(x, torch.arange(5)[:, None] * frequencies, x.dtype)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[0], x[0]) and not torch.equal(turned[1], x[1])
 
@@ -166,5 +166,5 @@ def test_rotary_pairs_and_direction() -> None:
     """The pair (x[i], x[i + d/2]) turns by angles[i], anticlockwise: the half-split form
     of Qwen."""
     x = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])
-    turned = rotate(x, torch.tensor([[torch.pi / 2, torch.pi]]))
+    turned = rotate(x, torch.tensor([[torch.pi / 2, torch.pi]]), x.dtype)
     torch.testing.assert_close(turned, torch.tensor([[[0.0, 0.0, 1.0, -1.0]]]), atol=1e-6, rtol=0)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nano_moca
-import nano_moca.weights
 import test_train
 import test_train_cl
 import train_cl
@@ -22,6 +21,7 @@ from launching import (
 )
 from nano_moca import MARK, Moca, MocaError, Record, losses
 from nano_moca.checkpoint import save_model
+from nano_moca.convert.export import save_weights
 from nano_moca.distributed import World
 from nano_moca.lora import ALPHA, AdaptedLinear, add_adapters, begin, merge_adapters
 from nano_moca.weights import empty_model, load_weights
@@ -156,7 +156,7 @@ def qwen3_checkpoint(tmp_path: Path) -> Path:
     folder.mkdir()
     config = parse_qwen3(raw)
     whole = test_qwen3.fill(build_model(config), seed=0)
-    nano_moca.weights.save_weights(folder, whole.state_dict(), config)
+    save_weights(folder, whole.state_dict(), config)
     return test_qwen3.complete(folder)
 
 

@@ -27,7 +27,7 @@ from nano_moca.batch import MARK
 from nano_moca.config import Config
 from nano_moca.files import read_json, write_json, writing
 from nano_moca.processor import MASK, Processor
-from nano_moca.weights import KERNEL, stored_dtype, stored_name
+from nano_moca.weights import KERNEL, stored_dtype, stored_name, stored_part
 
 SHARD_SIZE = "5GB"
 # What stands at the top of config.json; all else is the decoder's.
@@ -59,11 +59,14 @@ def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config
     {"attention": ..., "pooling": ..., "max_tokens": ...}, written as "nano_moca" for
     `nano_moca.load`; None keeps what was there.
     """
-    # Which tensors share a file follows from their sizes: so far nothing is gathered.
+    # Which tensors share a file follows from their sizes, without padding: so far nothing is
+    # gathered.
     dtype = stored_dtype(config)
-    parameters = {stored_name(name, config): tensor for name, tensor in tensors.items()}
-    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta")
-             for name, tensor in parameters.items()}
+    ours = {stored_name(name, config): name for name in tensors}
+    sizes = {}
+    for stored, name in ours.items():
+        shape = torch.empty(tensors[name].shape, dtype=dtype, device="meta")
+        sizes[stored] = shape[stored_part(name, config)].clone()
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_SIZE)
 
     # One tensor at a time is complete, on the GPU, and one shard, in host memory. The copy
@@ -71,11 +74,12 @@ def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config
     kernel = stored_name(KERNEL, config)
     for file, names in plan.filename_to_tensors.items():
         shard = {}
-        for name in names:
-            tensor = parameters[name]
+        for stored in names:
+            tensor = tensors[ours[stored]]
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if folder:
-                shard[name] = tensor.to("cpu", dtype, copy=True)
+                part = tensor[stored_part(ours[stored], config)]
+                shard[stored] = part.to("cpu", dtype, copy=True)
         if kernel in shard:
             shard[kernel] = shard[kernel].view(config.vision.kernel)  # a convolution's again
         if folder:

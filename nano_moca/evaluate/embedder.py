@@ -21,6 +21,7 @@ from nano_moca.attention import Segments
 from nano_moca.batch import Batch, EncodedRecord, Record
 from nano_moca.convert.configs import Section
 from nano_moca.data import make_record
+from nano_moca.distributed import choose_dtype
 from nano_moca.families import load_config
 from nano_moca.files import MocaError, reason
 from nano_moca.model import POOLINGS, VLM
@@ -151,10 +152,10 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
          processor: str | Path | None = None, allow_extra: bool = False) -> Moca:
     """Load a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or MoCa checkpoint.
 
-    device: default CUDA if there is one. dtype: default float32 on CPU, the
-    checkpoint's own on CUDA. attention: "bidirectional" or "causal", pooling: "mean" or
-    "last"; default: what the model was trained with (our scripts write it into
-    config.json), else bidirectional, and the mean, or if causal the last token. The
+    device: default CUDA if there is one. dtype: default the checkpoint's own on CUDA,
+    float32 on CPU and on a GPU older than Ampere. attention: "bidirectional" or "causal",
+    pooling: "mean" or "last"; default: what the model was trained with (our scripts write
+    it into config.json), else bidirectional, and the mean, or if causal the last token. The
     pixel limits of images are the checkpoint's unless given. max_tokens: longer texts
     are shortened to it; default: what the model was trained with, else no limit.
     processor: the checkpoint whose tokenizer and image processor are taken, for weights
@@ -182,8 +183,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device | None = None,
     # From --processor only tokenizer and image processor are taken, no weights.
     files = find_checkpoint(processor, PROCESSOR_FILES) if processor else folder
     prepare = Processor.load(files, config, min_pixels, max_pixels)
-    if dtype is None:
-        dtype = stored_dtype(config) if device.type == "cuda" else torch.float32
+    usual = stored_dtype(config) if device.type == "cuda" else torch.float32
+    dtype = choose_dtype(device, dtype, usual)
 
     # The memory is given once, in the dtype and on the device where it stays; and only
     # if the weights fit into it.

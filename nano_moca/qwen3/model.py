@@ -131,8 +131,8 @@ class SelfAttention(qwen2.SelfAttention):
         value = self.v_proj(x).unflatten(1, (self.kv_heads, self.head_width))  # [T, K, d]
 
         # The norms act on each head, before positions enter.
-        query = qwen2.rotate(self.q_norm(query), angles)
-        key = qwen2.rotate(self.k_norm(key), angles)
+        query = qwen2.rotate(self.q_norm(query), angles, x.dtype)
+        key = qwen2.rotate(self.k_norm(key), angles, x.dtype)
         out = attend(query, key, value, segments, causal)  # [T, H, d]
         return self.o_proj(out.flatten(1))  # [T, D]
 
