@@ -125,8 +125,9 @@ def train(flags: Flags) -> None:
         started = time.perf_counter()
 
         # 1. This rank's pairs: n queries, n positives, M hard negatives, cut into chunks. All
-        #    ranks have equally many chunks, so that all cache or none does.
-        drawn = next(loader)
+        #    ranks have equally many chunks, so that all cache or none does. Until the loss is
+        #    read (5.) the host waits for nothing.
+        drawn = next(loader).to(world.device)
         data_state = drawn.state
         chunks = drawn.chunks(flags.chunk)
         cached = len(chunks) > 1
@@ -147,8 +148,8 @@ def train(flags: Flags) -> None:
         n = len(drawn.local_index)
         queries, positives, negatives = vectors.split([n, n, len(vectors) - 2 * n])
         loss, right = info_nce(
-            queries, positives, negatives, drawn.local_index.to(world.device),
-            drawn.excluded.to(world.device), flags.temperature)
+            queries, positives, negatives, drawn.local_index, drawn.excluded,
+            flags.temperature)
         (world.size * loss).backward()
 
         # 4. With a cache: embed each chunk again, now with a graph, and go on backward from
@@ -159,12 +160,12 @@ def train(flags: Flags) -> None:
                 vectors = embed_chunk(model, processor, chunk, drawn.filler, causal, pooling)
                 vectors.backward(gradient)
 
-        # 5. The loss of the whole step, over all ranks. Then clip the gradients; stop if loss
-        #    or norm is not finite, and name the step's records; set this step's learning
+        # 5. Clip the gradients; read their norm and the loss of the whole step, over all ranks;
+        #    stop if one is not finite, and name the step's records; set this step's learning
         #    rate; AdamW's step; gradients to zero.
-        step_loss, right_count = world.total(loss.item(), right.item())
         sources = [record.source for record in drawn.records]
-        figures = update(step, step_loss, flags, model, optimizer, sources)
+        losses = world.total(loss.detach(), right)
+        (step_loss, right_count), figures = update(step, losses, flags, model, optimizer, sources)
 
         # 6. Every rank saves its part of the checkpoint, the main rank writes the log.
         seconds = time.perf_counter() - started

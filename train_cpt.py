@@ -22,7 +22,7 @@ from pathlib import Path
 from nano_moca.batches import StepRecords, TokenBatches, prefetch
 from nano_moca.checkpoint import save_model
 from nano_moca.data import load_records
-from nano_moca.distributed import init_distributed, shard
+from nano_moca.distributed import World, init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
 from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
@@ -48,9 +48,10 @@ class Flags(CommonFlags):
     mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0, high=1e4)
 
 
-def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags
+def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags, world: World
                  ) -> Iterator[tuple[StepRecords, list[MaskedBatch]]]:
-    """Draw, pack and mask: each step's records for this rank, and its micro-batches."""
+    """Draw, pack, mask and send to the device: each step's records for this rank, and its
+    micro-batches."""
     for drawn in batches:
         micro_batches = []
         for numbered in drawn.micro_batches:
@@ -63,7 +64,7 @@ def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags
                 masked = next_token_batch(batch, processor)
             else:
                 masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, keys)
-            micro_batches.append(masked)
+            micro_batches.append(masked.to(world.device))
         yield drawn, micro_batches
 
 
@@ -107,7 +108,7 @@ def train(flags: Flags) -> None:
 
     # `batches` is a step ahead of what was learned: `data_state` says where to go on.
     data_state = batches.state
-    loader = prefetch(masked_steps(batches, processor, flags))
+    loader = prefetch(masked_steps(batches, processor, flags, world))
     for step in range(done + 1, flags.steps + 1):
         started = time.perf_counter()
 
@@ -117,34 +118,33 @@ def train(flags: Flags) -> None:
 
         # 2. What the losses are divided by: the masked tokens and groups of the whole step,
         #    so that neither the number of ranks nor --accumulate, which cut the step into
-        #    more and smaller parts, change it.
+        #    more and smaller parts, change it. The host waits for the other ranks' counts.
         masked_tokens = sum(len(masked.labels) for masked in micro_batches)
-        masked_groups = sum(len(masked.target) for masked in micro_batches)
-        mlm_count, mae_count = world.total(masked_tokens, masked_groups)
+        masked_groups = sum(len(masked.group_index) for masked in micro_batches)
+        mlm_count, mae_count = world.total(masked_tokens, masked_groups).tolist()
 
         # 3. Forward and backward. FSDP averages the gradients of the ranks, and ours have to
-        #    add up: hence the factor.
+        #    add up: hence the factor. The sums stay on the device: to read one is to wait.
         mlm_sum = 0.0
         mae_sum = 0.0
         for masked in micro_batches:
-            mlm, mae = model(masked.to(world.device), causal, mlm_count, mae_count)
+            mlm, mae = model(masked, causal, mlm_count, mae_count)
             loss = mlm + flags.mae_weight * mae
             (world.size * loss).backward()
-            mlm_sum += mlm.item()
-            mae_sum += mae.item()
+            mlm_sum += mlm.detach().double()
+            mae_sum += mae.detach().double()
 
-        # 4. The losses of the whole step, over all ranks.
-        mlm_loss, mae_loss = world.total(mlm_sum, mae_sum)
-        step_loss = mlm_loss + flags.mae_weight * mae_loss
-
-        # 5. Clip the gradients; stop if loss or norm is not finite, and name the step's
-        #    records; set this step's learning rate; AdamW's step; gradients to zero.
+        # 4. Clip the gradients; read norm and losses, of the whole step over all ranks; stop if
+        #    one is not finite, and name the step's records; set this step's learning rate;
+        #    AdamW's step; gradients to zero.
         sources = []
         for masked in micro_batches:
             sources += masked.batch.sources
-        figures = update(step, step_loss, flags, model, optimizer, sources)
+        losses = world.total(mlm_sum, mae_sum)
+        (mlm_loss, mae_loss), figures = update(step, losses, flags, model, optimizer, sources)
+        step_loss = mlm_loss + flags.mae_weight * mae_loss
 
-        # 6. Every rank saves its part of the checkpoint, the main rank writes the log.
+        # 5. Every rank saves its part of the checkpoint, the main rank writes the log.
         seconds = time.perf_counter() - started
         log.write({"step": step, "loss": step_loss, "mlm_loss": mlm_loss,
                    "mae_loss": mae_loss, **figures, "tokens": drawn.tokens,

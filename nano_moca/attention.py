@@ -19,7 +19,9 @@ Left out: key-value caches, sliding windows, dropout. Captions are short here, s
 decoding recomputes.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 
 import torch
@@ -36,29 +38,38 @@ TAKES_GROUPS = varlen_attn and "enable_gqa" in signature(varlen_attn).parameters
 
 @dataclass
 class Segments:
-    """Where N sequences lie on a packed axis: number i is offsets[i] to offsets[i + 1]."""
+    """Where N sequences lie on a packed axis: number i is offsets[i] to offsets[i + 1].
+
+    They are made on the host, and sent with the batch that they belong to. What only
+    `grouped_attention` reads is made when it asks.
+    """
 
     lengths: tuple[int, ...]  # N, on the host: looping over them costs no GPU synchronisation
-    device: torch.device
-    offsets: Tensor = field(init=False)  # [N+1] int32, on the device
-    same_length: list[tuple[int, Tensor]] = field(init=False)  # (length, [s * length] index)
-    inverse: Tensor = field(init=False)  # [T] from their order back to the axis
+    offsets: Tensor  # [N+1] int32, on the device
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> "Segments":
+        """Sequences of these lengths, one after the other. device None: on the host."""
+        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)  # [N]
+        return cls(tuple(lengths), F.pad(ends, (1, 0)).to(device, torch.int32))
+
+    @cached_property
+    def same_length(self) -> list[tuple[int, Tensor]]:
+        """(length, [s * length] index) for each length: sequences of equal length form an
+        ordinary batch. Empty ones have no tokens."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)  # [N]
-        offsets = F.pad(lengths.cumsum(0), (1, 0))  # [N+1]
-        self.offsets = offsets.to(self.device, torch.int32)
-
-        # Sequences of equal length form an ordinary batch; empty ones have no tokens.
-        self.same_length = []
-        order = [torch.arange(0)]  # `cat` needs one, even if there is no sequence
+        starts = lengths.cumsum(0) - lengths  # [N]
+        index_of = []
         for length in sorted(set(self.lengths) - {0}):
-            starts = offsets[:-1][lengths == length]  # [s]
-            index = (starts[:, None] + torch.arange(length)).flatten()  # [s * length]
-            self.same_length.append((length, index.to(self.device)))
-            order.append(index)
+            own = starts[lengths == length]  # [s]
+            index = (own[:, None] + torch.arange(length)).flatten()  # [s * length]
+            index_of.append((length, index.to(self.offsets.device)))
+        return index_of
 
-        self.inverse = torch.argsort(torch.cat(order)).to(self.device)
+    @cached_property
+    def inverse(self) -> Tensor:
+        """[T] int64: from the order of `same_length` back to the axis."""
+        return torch.argsort(torch.cat([index for _, index in self.same_length]))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments,

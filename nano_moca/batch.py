@@ -3,25 +3,34 @@
     Record         text with a mark for each image, and the images
     EncodedRecord  token ids and positions; images still as they were given
     Batch          all that one forward pass computes with, packed end to end
+    Layout         its part about images: where their patches are
 
 Packed means: the tokens of all N records stand one after the other along one axis of
 T tokens, and so do the patches of all images. There is no padding and no batch
-dimension; `cu_seqlens` says where each record begins. A record's result is the same
+dimension; `segments` says where each record begins. A record's result is the same
 whatever it is packed with. The letters of all shapes are explained in `__init__.py`.
+
+A GPU computes while the host goes on and queues what comes next, until the host has to
+wait for it. So all that a forward pass needs is made here, on the host, before; pixels
+travel as the bytes that they are, an eighth of the numbers that the model reads.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from nano_moca.attention import Segments
+
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # stands in a text for one image
 KINDS = ("long-document", "image-text", "text-only")  # of stage 2's pairs
 ImageLike = str | Path | bytes | Image.Image | np.ndarray | Tensor  # arrays: uint8 [h, w, 3]
+Grid = tuple[int, int, int]  # frames, rows and columns of an image in patches
 
 
 @dataclass
@@ -49,32 +58,100 @@ class EncodedRecord:
     tokens: np.ndarray  # [L] int64
     positions: np.ndarray  # [3, L] int64: frame, row, column
     images: list[ImageLike]  # as given: a process may hold only so many open files
-    grids: list[tuple[int, int, int]]  # (frames, rows, columns) of patches per image
+    grids: list[Grid]  # of each image
     source: str
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on another device. A GPU fetches it by itself from page-locked memory: the
+    host goes on meanwhile."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def change_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass in which `change` was applied to each tensor, also to those of
+    dataclasses inside it."""
+    changed = {}
+    for entry in fields(item):
+        value = getattr(item, entry.name)
+        if isinstance(value, Tensor):
+            changed[entry.name] = change(value)
+        elif is_dataclass(value):
+            changed[entry.name] = change_tensors(value, change)
+    return replace(item, **changed)
+
+
+class Sendable:
+    """A dataclass of tensors that is made on the host and sent to a device."""
+
+    def to(self, device: torch.device | str) -> Any:  # of its own class
+        """The same on another device."""
+        return change_tensors(self, lambda tensor: send(tensor, device))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """From the bytes of an image to the numbers that the vision tower reads."""
+
+    mean: Sequence[float]  # CLIP's, of red, green and blue in 0..1
+    std: Sequence[float]
+    frames: int  # a patch is two frames of a video; a still image is the same in both
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Patches of one frame, uint8 [..., 588], by channel, y, x -> float32 [..., 1176], by
+        channel, frame, y, x: each is (pixel / 255 - mean) / std."""
+        # Mean and std are numbers, which a GPU gets with the call; tensors would be sent.
+        parts = []
+        for channel, mean, std in zip(pixels.chunk(3, dim=-1), self.mean, self.std, strict=True):
+            scaled = (channel.float() / 255 - mean) / std  # [..., p * p]
+            parts += [scaled] * self.frames
+        return torch.cat(parts, dim=-1)
+
+
 @dataclass
-class Batch:
+class Layout:
+    """Where the patches of all images are, and which attend to each other: see `arrange`."""
+
+    grids: tuple[Grid, ...]  # on the host
+    order: Tensor  # [J] int64: the groups in the order of the windows
+    inverse: Tensor  # [J] int64: from there back to the order of the images
+    positions: Tensor  # [P, 2] int64: row and column, in the order of the windows
+    whole: Segments  # the patches of each frame of an image
+    windows: Segments  # those of each window; without windows, of each frame
+
+
+@dataclass
+class Batch(Sendable):
     """N records packed end to end: T tokens, and P patches of I images."""
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [3, T] int64: frame, row, column
-    cu_seqlens: Tensor  # [N+1] int64 on the host: where each record begins, and the end
-    patches: Tensor  # [P, 1176] float32: normalised pixels, by 2x2 groups
-    grids: Tensor  # [I, 3] int64 on the host: frames, rows, columns of patches
+    segments: Segments  # where each record begins
     image_index: Tensor  # [J] int64: which of the T tokens are image tokens
+    pixels: Tensor  # [J, 4, 588] uint8: the patches by 2x2 groups, in one frame
+    layout: Layout  # of the images; if there are none, of one blank group: see `embed_inputs`
+    normalise: Normalisation
     sources: list[str]  # N names for error messages
+    noised: Tensor | None = None  # [G] int64: which of the J groups are masked (stage 1)
+    noise: Tensor | None = None  # [G, 4, 1176] float32: what the model sees in their place
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The number of tokens of each record."""
-        return tuple(self.cu_seqlens.diff().tolist())
+        return self.segments.lengths
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Move what is computed with. Offsets and grids stay on the host,
-        where loops read them."""
-        return replace(
-            self, tokens=self.tokens.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            patches=self.patches.to(device, non_blocking=True),
-            image_index=self.image_index.to(device, non_blocking=True))
+    @property
+    def grids(self) -> Tensor:
+        """[I, 3] int64 on the host: frames, rows, columns of patches."""
+        grids = self.layout.grids if len(self.pixels) else ()
+        return torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+
+    @property
+    def patches(self) -> Tensor:
+        """[P, 1176] float32, by 2x2 groups: what the vision tower reads, made anew each time."""
+        patches = self.normalise(self.pixels)  # [J, 4, 1176]
+        if self.noise is not None:
+            patches.index_copy_(0, self.noised, self.noise)
+        return patches.flatten(0, 1)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_moca.batch import EncodedRecord, Pair, Record
+from nano_moca.batch import EncodedRecord, Pair, Record, Sendable
 from nano_moca.data import Joined, record_key
 from nano_moca.files import MocaError, writing
 from nano_moca.processor import Processor
@@ -202,7 +202,7 @@ class EncodedPair:
 
 
 @dataclass
-class PairBatch:
+class PairBatch(Sendable):
     """One step of stage 2: B pairs over all ranks, n of them on this one,
     with M hard negatives."""
 

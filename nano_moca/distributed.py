@@ -49,12 +49,14 @@ class World:
         dtype than that of the weights."""
         return self.size > 1 or self.dtype != torch.float32
 
-    def total(self, *amounts: float) -> list[float]:
-        """The sum of each amount over all ranks."""
-        sums = torch.tensor(amounts, dtype=torch.float64, device=self.device)
+    def total(self, *amounts: float | Tensor) -> Tensor:
+        """The sum of each amount, a number or a scalar on the device, over all ranks: float64,
+        one for each, on the device. The host waits when it reads them."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.stack([zero + amount for amount in amounts])
         if self.size > 1:
             dist.all_reduce(sums)
-        return sums.tolist()
+        return sums
 
     def wait(self) -> None:
         """Return when every rank has come here."""

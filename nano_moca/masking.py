@@ -24,28 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_moca.batch import Batch
+from nano_moca.batch import Batch, Sendable
 from nano_moca.processor import Processor
 
 
 @dataclass
-class MaskedBatch:
+class MaskedBatch(Sendable):
     """A batch as the model sees it, and the R tokens and G groups it has to restore."""
 
     batch: Batch
     text_index: Tensor  # [R] int64: which of the T hidden states predict a token
     labels: Tensor  # [R] int64: which token each predicts
     group_index: Tensor  # [G] int64: the image tokens, among T, of the masked groups
-    target: Tensor  # [G, 4704]: their pixels, normalised as all images are (CLIP's mean, std)
 
-    def to(self, device: torch.device | str) -> "MaskedBatch":
-        """The same on another device."""
-        return MaskedBatch(
-            batch=self.batch.to(device),
-            text_index=self.text_index.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            group_index=self.group_index.to(device, non_blocking=True),
-            target=self.target.to(device, non_blocking=True))
+    @property
+    def target(self) -> Tensor:
+        """[G, 4704] float32: their pixels, normalised as all images are (CLIP's mean, std)."""
+        pixels = self.batch.pixels[self.batch.noised]  # [G, 4, 588]
+        return self.batch.normalise(pixels).flatten(1)
 
 
 def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate: float,
@@ -56,20 +52,18 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
     tokens and image tokens are never masked as text. A record may lose nothing: a
     loss over nothing is zero.
     """
-    # The four patches of a group follow each other: one row per group, and per
-    # image token. Group number j belongs to the token image_index[j]. Image tokens
-    # are special tokens.
-    groups = batch.patches.view(-1, processor.config.vision.group_values)  # [J, 4704]
+    # Group number j belongs to the token image_index[j]. Image tokens are special tokens.
     maskable = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
 
     # Filled record by record. True: masked.
     token_masked = torch.zeros_like(maskable)  # [T]
-    group_masked = torch.zeros(len(groups), dtype=torch.bool)  # [J]
-    noised = groups.clone()  # [J, 4704]
+    group_masked = torch.zeros(len(batch.pixels), dtype=torch.bool)  # [J]
+    vision = processor.config.vision
+    group_shape = (vision.merge**2, vision.patch_values)  # 4 patches, 1176 values
+    noise = [np.empty((0, *group_shape), np.float32)]
 
-    starts = batch.cu_seqlens[:-1].tolist()
-    ends = batch.cu_seqlens[1:].tolist()
-    for start, end, key in zip(starts, ends, keys, strict=True):
+    offsets = batch.segments.offsets.tolist()  # [N+1]
+    for start, end, key in zip(offsets[:-1], offsets[1:], keys, strict=True):
         # Two generators: which tokens are masked does not depend on the size of the
         # image, nor which groups on the length of the text.
         text_rng = np.random.default_rng((*key, 0))
@@ -89,17 +83,15 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
         group_masked[masked_groups] = True
 
         # ... and standard normal noise in place of the pixels of each masked one.
-        noise = image_rng.standard_normal((len(masked_groups), groups.shape[1]), np.float32)
-        noised[masked_groups] = torch.from_numpy(noise)
+        noise.append(image_rng.standard_normal((len(masked_groups), *group_shape), np.float32))
 
-    tokens = batch.tokens.masked_fill(token_masked, processor.mask_token)  # [T]
-    patches = noised.view_as(batch.patches)  # [P, 1176]
+    noised = group_masked.nonzero().flatten()  # [G], in the order of their noise
     return MaskedBatch(
-        batch=replace(batch, tokens=tokens, patches=patches),
+        batch=replace(batch, noised=noised, noise=torch.from_numpy(np.concatenate(noise)),
+                      tokens=batch.tokens.masked_fill(token_masked, processor.mask_token)),
         text_index=token_masked.nonzero().flatten(),
         labels=batch.tokens[token_masked],
-        group_index=batch.image_index[group_masked],
-        target=groups[group_masked])
+        group_index=batch.image_index[noised])
 
 
 def next_token_batch(batch: Batch, processor: Processor) -> MaskedBatch:
@@ -108,9 +100,9 @@ def next_token_batch(batch: Batch, processor: Processor) -> MaskedBatch:
     # puts the next record's first there.
     following = batch.tokens.roll(-1)  # [T]
     predicts = following != processor.image_token  # [T] bool
-    predicts[batch.cu_seqlens[1:] - 1] = False
+    predicts[batch.segments.offsets[1:].long() - 1] = False
 
     text_index = predicts.nonzero().flatten()  # [R]
-    no_pixels = batch.patches.new_empty(0, processor.config.vision.group_values)  # [0, 4704]
+    nothing = batch.image_index[:0]  # [G] with G = 0
     return MaskedBatch(
-        batch, text_index, following[text_index], batch.image_index[:0], no_pixels)
+        replace(batch, noised=nothing), text_index, following[text_index], nothing)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nano_moca.attention import Segments, attend
-from nano_moca.batch import Batch
+from nano_moca.batch import Batch, Layout
 from nano_moca.config import Config, VisionConfig
 from nano_moca.distributed import copy_into_shard
 from nano_moca.kernels import TRITON_AVAILABLE
@@ -230,41 +230,6 @@ class Merger(nn.Module):
         return self.mlp(groups)
 
 
-@lru_cache(maxsize=4096)
-def image_layout(grid: tuple[int, int, int], config: VisionConfig
-                 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Where the patches of one image are, and how its groups are sorted by window.
-
-    grid: frames, rows and columns of patches. Returns
-
-    positions  [P, 2], row and column of each patch, in the order of the patches
-    order      [J], the groups (merged 2x2 patches) in the order of the windows
-    windows    the number of patches in each window
-    """
-    frames, rows, columns = grid
-    m = config.merge
-
-    # Patches come by groups: all four of a 2x2 group, then the next group of its row.
-    cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    cells = cells.view(rows // m, m, columns // m, m, 2).transpose(1, 2)  # groups, then patches
-    positions = cells.reshape(-1, 2).repeat(frames, 1)  # [P, 2]
-
-    # Qwen2-VL has no windows: each frame is one.
-    group_count = len(positions) // m**2
-    if not config.window:
-        return positions, torch.arange(group_count), (rows * columns,) * frames
-
-    # Cut each frame into windows; those at the right and lower border may be smaller.
-    side = config.window // (config.patch * m)  # groups along a window
-    numbers = torch.arange(group_count).view(frames, rows // m, columns // m)
-    window_groups = []
-    for frame in numbers:
-        for band in frame.split(side):
-            window_groups += [window.flatten() for window in band.split(side, dim=1)]
-    windows = tuple(len(groups) * m * m for groups in window_groups)
-    return positions, torch.cat(window_groups), windows
-
-
 class VisionTower(nn.Module):
     """Patches of images of any size become image tokens of the decoder's width.
 
@@ -284,62 +249,32 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = Merger(config)
 
-    def arrange(self, grids: Tensor, device: torch.device
-                ) -> tuple[Tensor, Tensor, Segments, Segments]:
-        """Where the patches of all images are, and which of them attend to each other.
-
-        grids [I, 3] on the host: frames, rows and columns of patches. Returns
-
-        order            [J], the groups of all images in the order of the windows
-        angles           [P, d/2], the patches' rotary angles in that order
-        full segments    whole images
-        window segments  their windows, in that order; without windows, whole images
-        """
-        config = self.config
-        positions = []
-        orders = []
-        window_lengths = []
-        frame_lengths = []
-        groups_before = 0
-        for frames, rows, columns in grids.tolist():
-            image_positions, order, windows = image_layout((frames, rows, columns), config)
-            positions.append(image_positions)
-            orders.append(order + groups_before)
-            window_lengths += windows
-            frame_lengths += [rows * columns] * frames  # frames do not see each other
-            groups_before += len(order)
-        order = torch.cat(orders).to(device)  # [J]
-        full_segments = Segments(tuple(frame_lengths), device)
-        window_segments = full_segments
-        if config.window:
-            window_segments = Segments(tuple(window_lengths), device)
-
-        # 2-D rotary embedding: half of a head turns with the patch's row, half
-        # with its column.
-        head_width = config.width // config.heads
+    def rotary_angles(self, layout: Layout) -> Tensor:
+        """[P, d/2] float32, in the order of the windows: 2-D rotary embedding. Half of a
+        head turns with the patch's row, half with its column."""
+        head_width = self.config.width // self.config.heads
+        device = layout.positions.device
         frequencies = rotary_frequencies(head_width // 2, VISION_ROPE_THETA, device)  # [d/4]
-        position = torch.cat(positions).to(device)  # [P, 2]
-        angles = (position[:, :, None] * frequencies).flatten(1)  # [P, d/2]
-        angles = angles.view(len(order), config.merge**2, -1)[order]  # [J, 4, d/2]
-        return order, angles.flatten(0, 1), full_segments, window_segments
+        return (layout.positions[:, :, None] * frequencies).flatten(1)
 
-    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """patches [P, 1176], by 2x2 groups; grids [I, 3] on the host: frames, rows
-        and columns of patches -> image tokens [J, D]."""
-        order, angles, full_segments, window_segments = self.arrange(grids, patches.device)
+    def forward(self, patches: Tensor, layout: Layout) -> Tensor:
+        """patches [P, 1176], by 2x2 groups, and where they are -> image tokens [J, D]."""
+        angles = self.rotary_angles(layout)  # [P, d/2]
 
         # Embed the patches, and sort them by window.
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, E]
-        x = x.view(len(order), self.config.merge**2, -1)[order].flatten(0, 1)  # [P, E]
+        groups = x.view(len(layout.order), self.config.merge**2, -1)  # [J, 4, E]
+        x = groups[layout.order].flatten(0, 1)  # [P, E]
 
         for number, block in enumerate(self.blocks):
-            segments = full_segments if number in self.config.full_blocks else window_segments
+            whole = number in self.config.full_blocks
+            segments = layout.whole if whole else layout.windows
             x = run_layer(block, self.checkpointing, x, angles, segments)  # [P, E]
 
         # Four patches become one image token; then back from windows to the image's
-        # order, by the inverse of the permutation.
+        # order.
         image_tokens = self.merger(x)  # [J, D]
-        return image_tokens[torch.argsort(order)]
+        return image_tokens[layout.inverse]
 
 
 # --- the decoder ----------------------------------------------------------------------
@@ -354,8 +289,9 @@ def mrope_angles(positions: Tensor, config: Config) -> Tensor:
     fastest with the frame, the next with the row, the slowest with the column.
     """
     frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)
-    axes = torch.tensor(config.rope_axes, device=positions.device)  # [d/2]
-    return positions[axes].T * frequencies  # [T, d/2]
+    # Views of the three rows; an index tensor would have to be sent to the GPU.
+    turning = torch.stack([positions[axis] for axis in config.rope_axes], dim=1)  # [T, d/2]
+    return turning * frequencies
 
 
 class SelfAttention(nn.Module):
@@ -439,17 +375,17 @@ def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
     only one that has seen the whole record under causal attention. (Released code:
     src/vlm_backbone/qwen2_5_vl_embed/qwen2_5_vl_embed.py:9-44, 291-294.)
     """
-    N, D = len(batch.lengths), hidden.shape[1]
+    T, D = hidden.shape
+    N, offsets = len(batch.lengths), batch.segments.offsets  # [N+1]
     if pooling == "last":
-        ends = batch.cu_seqlens[1:].to(hidden.device)  # [N]
-        return hidden[ends - 1].float()
+        return hidden[offsets[1:].long() - 1].float()
     if pooling != "mean":
         raise ValueError(f"pooling is {pooling!r}; it is 'mean' or 'last'")
 
-    # Add each token to the sum of its record, in float32.
-    lengths = torch.tensor(batch.lengths, device=hidden.device)  # [N]
-    numbers = torch.arange(N, device=hidden.device)
-    owner = torch.repeat_interleave(numbers, lengths)  # [T] the record of each token
+    # Add each token to the sum of its record, in float32. (That there are T of them is
+    # said, for a GPU would have to be asked.)
+    lengths = offsets.diff()  # [N]
+    owner = torch.repeat_interleave(lengths, output_size=T)  # [T] the record of each token
     zeros = hidden.new_zeros(N, D, dtype=torch.float32)
     return zeros.index_add(0, owner, hidden.float()) / lengths[:, None]  # [N, D]
 
@@ -488,23 +424,21 @@ class VLM(nn.Module):
         """[T, D]: each token's embedding, and at image tokens what the vision tower
         made of their patches."""
         x = self.language.embed_tokens(batch.tokens)  # [T, D]
-        if len(batch.grids):
-            image_tokens = self.visual(batch.patches, batch.grids)  # [J, D]
+        if len(batch.image_index):
+            image_tokens = self.visual(batch.patches, batch.layout)  # [J, D]
             x = x.index_copy(0, batch.image_index, image_tokens.to(x.dtype))
         elif self.run_vision_always:
             # Among several ranks each must run the tower at every step, or the
             # others wait forever in its all-gathers. A blank group with weight zero
             # changes nothing.
-            side = self.config.vision.merge
-            blank = x.new_zeros(side * side, self.config.vision.patch_values)  # [4, 1176]
-            x = x + 0.0 * self.visual(blank, torch.tensor([[1, side, side]])).sum()
+            blank = x.new_zeros(len(batch.layout.positions), self.config.vision.patch_values)
+            x = x + 0.0 * self.visual(blank, batch.layout).sum()
         return x
 
     def forward(self, batch: Batch, causal: bool) -> Tensor:
         """The hidden states of a packed batch after the final norm, [T, D]."""
-        segments = Segments(batch.lengths, batch.tokens.device)
         x = self.embed_inputs(batch)  # [T, D]
-        return self.language(x, batch.positions, segments, causal)
+        return self.language(x, batch.positions, batch.segments, causal)
 
     def embed(self, batch: Batch, causal: bool, pooling: str) -> Tensor:
         """One unit vector per record, [N, D] float32."""
@@ -543,13 +477,11 @@ class PatchDecoder(nn.Module):
     def forward(self, hidden: Tensor, batch: Batch, group_index: Tensor) -> Tensor:
         """Hidden states [T, D] -> pixels [G, 4704] of the groups whose image tokens
         are `group_index` [G]."""
-        # Positions and segments are the decoder's; they cost nothing beside a
-        # layer, so they are computed again instead of being handed through the VLM.
-        # As in the released code this layer is always bidirectional, even on top of
-        # a causal decoder.
-        segments = Segments(batch.lengths, hidden.device)
+        # The angles are the decoder's; they cost nothing beside a layer, so they are
+        # computed again instead of being handed through the VLM. As in the released code
+        # this layer is always bidirectional, even on top of a causal decoder.
         angles = mrope_angles(batch.positions, self.config)  # [T, d/2]
-        x = self.layer(hidden, angles, segments, causal=False)  # [T, D]
+        x = self.layer(hidden, angles, batch.segments, causal=False)  # [T, D]
         return self.head(x[group_index])  # [G, 4704]
 
 

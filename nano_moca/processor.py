@@ -21,16 +21,19 @@ Left out: video; chat templates (a text is taken as it is).
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
 
-from nano_moca.batch import MARK, Batch, EncodedRecord, ImageLike, Record
-from nano_moca.config import Config
+from nano_moca.attention import Segments
+from nano_moca.batch import (MARK, Batch, EncodedRecord, Grid, ImageLike, Layout, Normalisation,
+                             Record)
+from nano_moca.config import Config, VisionConfig
 from nano_moca.files import MocaError, regular_file, write_json
 
 MASK = "<|mask|>"
@@ -38,7 +41,6 @@ RESERVED = ("<|image_pad|>", "<|video_pad|>", MASK)  # refused outside a mark
 TOKEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
              "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
 MAX_CHARACTERS = 5_000_000  # of a text: they may cost the tokenizer 4 GB and 10 seconds
-Grid = tuple[int, int, int]  # frames, height and width of an image in patches
 
 
 def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
@@ -64,6 +66,60 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> t
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
+
+
+@lru_cache(maxsize=4096)
+def image_layout(grid: Grid, config: VisionConfig) -> tuple[Tensor, Tensor, list[int]]:
+    """Where the patches of one image are, and how its groups are sorted by window.
+
+    grid: frames, rows and columns of patches. Returns
+
+    order      [J], the groups (merged 2x2 patches) in the order of the windows
+    positions  [P, 2], row and column of each patch, in that order
+    windows    the number of patches in each window
+    """
+    frames, rows, columns = grid
+    m = config.merge
+
+    # Patches come by groups: all four of a 2x2 group, then the next group of its row.
+    cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    cells = cells.view(rows // m, m, columns // m, m, 2).transpose(1, 2)  # groups, then patches
+    positions = cells.reshape(-1, m * m, 2).repeat(frames, 1, 1)  # [J, 4, 2]
+
+    # Qwen2-VL has no windows: each frame is one.
+    numbers = torch.arange(len(positions)).view(frames, rows // m, columns // m)
+    if not config.window:
+        return numbers.flatten(), positions.flatten(0, 1), [rows * columns] * frames
+
+    # Cut each frame into windows; those at the right and lower border may be smaller.
+    side = config.window // (config.patch * m)  # groups along a window
+    window_groups = []
+    for frame in numbers:
+        for band in frame.split(side):
+            window_groups += [window.flatten() for window in band.split(side, dim=1)]
+    windows = [len(groups) * m * m for groups in window_groups]
+    order = torch.cat(window_groups)
+    return order, positions[order].flatten(0, 1), windows
+
+
+def arrange(grids: Sequence[Grid], config: VisionConfig) -> Layout:
+    """Where the patches of all images are, end to end, and which of them attend to each
+    other."""
+    orders = []
+    positions = []
+    whole: list[int] = []
+    windows: list[int] = []
+    for grid in grids:
+        image_order, image_positions, image_windows = image_layout(grid, config)
+        groups_before = sum(map(len, orders))
+        orders.append(image_order + groups_before)
+        positions.append(image_positions)
+        windows += image_windows
+        whole += [grid[1] * grid[2]] * grid[0]  # frames do not see each other
+
+    order = torch.cat(orders)  # [J]
+    return Layout(tuple(grids), order, torch.argsort(order), torch.cat(positions),
+                  Segments.of(whole), Segments.of(windows))
 
 
 def check_text(record: Record) -> None:
@@ -100,8 +156,8 @@ class Processor:
         self.image = image
         self.min_pixels = self.image["min_pixels"]
         self.max_pixels = self.image["max_pixels"]
-        self.mean = np.array(self.image["image_mean"], np.float32)  # [3]
-        self.std = np.array(self.image["image_std"], np.float32)  # [3]
+        frames = config.vision.frames
+        self.normalise = Normalisation(image["image_mean"], image["image_std"], frames)
 
         # Each of its tokens needs an embedding.
         last = max(tokenizer.get_vocab().values(), default=0)
@@ -172,11 +228,11 @@ class Processor:
             raise MocaError(f"{source}: an image cannot be used, {error}: crop it") from None
         return 1, height // patch, width // patch
 
-    def patchify(self, image: ImageLike, source: str) -> np.ndarray:
-        """An image as patches of normalised pixels, [P, 1176] float32.
+    def patchify(self, image: ImageLike, source: str) -> Tensor:
+        """An image's pixels as patches by 2x2 groups, [J, 4, 588] uint8.
 
-        Patches go by 2x2 groups, both in reading order. The values of a patch go by
-        channel, frame, y, x; each is (pixel / 255 - mean) / std.
+        Groups and the patches of one are in reading order, a patch's bytes by channel, y,
+        x. What the model reads of them is `normalise` of this.
         """
         p, m = self.config.vision.patch, self.config.vision.merge
 
@@ -187,19 +243,12 @@ class Processor:
         _, high, wide = self.grid(image, source)
         image = image.resize((wide * p, high * p), Image.Resampling.BICUBIC)
 
-        # Normalise, with CLIP's mean and standard deviation of each channel.
-        pixels = np.asarray(image, np.float32) / np.float32(255)  # [height, width, 3]
-        pixels = (pixels - self.mean) / self.std
-
         # Cut both axes into groups, patches of a group, pixels of a patch; then
         # order by groups, so that the four patches of one follow each other.
-        cut = pixels.reshape(high // m, m, p, wide // m, m, p, 3)
-        cut = cut.transpose(0, 3, 1, 4, 6, 2, 5)  # [high/2, wide/2, 2, 2, 3, p, p]
-        one_frame = cut.reshape(high * wide, 3, 1, p, p)  # [P, 3, 1, p, p]
-
-        # A patch is two frames of a video; a still image is the same in both.
-        frames = np.repeat(one_frame, self.config.vision.frames, axis=2)
-        return frames.reshape(high * wide, -1)  # [P, 1176]
+        pixels = torch.from_numpy(np.array(image))  # [height, width, 3] uint8
+        cut = pixels.view(high // m, m, p, wide // m, m, p, 3)
+        cut = cut.permute(0, 3, 1, 4, 6, 2, 5)  # [high/2, wide/2, 2, 2, 3, p, p]
+        return cut.reshape(-1, m * m, 3 * p * p)
 
     def unpatchify(self, patches: np.ndarray, grid: Grid) -> np.ndarray:
         """The way back: patches [P, 1176] as an image [height, width, 3] in 0..1.
@@ -216,7 +265,7 @@ class Processor:
         pixels = cut.reshape(high * p, wide * p, 3)
 
         # What a model predicts may lie beyond black and white.
-        return np.clip(pixels * self.std + self.mean, 0, 1)
+        return np.clip(pixels * self.normalise.std + self.normalise.mean, 0, 1)
 
     # --- records: from text to tokens and positions -------------------------------
 
@@ -305,25 +354,26 @@ class Processor:
 
     def pack(self, encoded: Sequence[EncodedRecord]) -> Batch:
         """Lay encoded records end to end, and decode their images."""
-        # Begin with no patches, but of the right size: a batch may have no image.
-        patches = [np.zeros((0, self.config.vision.patch_values), np.float32)]
+        # Begin with no pixels, but of the right shape: a batch may have no image.
+        vision = self.config.vision
+        one_frame = vision.patch_values // vision.frames  # 588
+        pixels = [torch.empty(0, vision.merge**2, one_frame, dtype=torch.uint8)]
         grids: list[Grid] = []
         for item in encoded:
             grids += item.grids
             for image in item.images:
-                patches.append(self.patchify(image, item.source))
+                pixels.append(self.patchify(image, item.source))
 
         # All else is known already.
+        blank = (1, vision.merge, vision.merge)
         tokens = np.concatenate([item.tokens for item in encoded])
         positions = np.concatenate([item.positions for item in encoded], axis=1)
-        ends = accumulate(len(item.tokens) for item in encoded)
         image_index = np.flatnonzero(tokens == self.image_token)
         return Batch(
             tokens=torch.from_numpy(tokens), positions=torch.from_numpy(positions),
-            cu_seqlens=torch.tensor([0, *ends]),
-            patches=torch.from_numpy(np.concatenate(patches)),
-            grids=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
-            image_index=torch.from_numpy(image_index),
+            segments=Segments.of([len(item.tokens) for item in encoded]),
+            image_index=torch.from_numpy(image_index), pixels=torch.cat(pixels),
+            layout=arrange(grids or [blank], vision), normalise=self.normalise,
             sources=[item.source for item in encoded])
 
     def batch(self, records: Sequence[Record], max_tokens: int | None = None) -> Batch:

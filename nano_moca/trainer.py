@@ -31,7 +31,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
@@ -213,21 +214,26 @@ class Log:
                 self.path = self.path.replace(self.path.with_suffix(""))
 
 
-def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimizer: Optimizer,
-           sources: list[str]) -> dict[str, float]:
+def update(step: int, losses: Tensor, flags: CommonFlags, model: nn.Module,
+           optimizer: Optimizer, sources: list[str]) -> tuple[list[float], dict[str, float]]:
     """The end of a step: clip the gradients, move the weights, drop the gradients.
 
-    step: from 1. loss: of the step over all ranks. sources: this rank's records of it.
-    Returns what the log says of the step, {"lr", "grad_norm"}. MocaError if loss or
+    step: from 1. losses: one or more figures of the step over all ranks, as `World.total`
+    gives them. sources: this rank's records of it. Returns these figures as numbers, and
+    what else the log says of the step, {"lr", "grad_norm"}. MocaError if losses or
     gradients are not finite; it names the records. The weights do not move then, and the
     last checkpoint is from before the step.
     """
     # The norm over all parameters and ranks, before clipping.
     norm = nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    # Here the host waits for the device, and reads all that it has to know at once.
+    *values, norm = torch.cat([losses, norm.view(1)]).tolist()
 
     # One step with nan would spoil every weight for good.
-    for name, value in (("loss", loss), ("gradient norm", norm)):
+    named = [("loss", value) for value in values]
+    for name, value in [*named, ("gradient norm", norm)]:
         if not math.isfinite(value):
             raise MocaError(f"step {step}: the {name} is {value}; the weights keep their last "
                             f"good state. Lower --learning-rate, or look at the records, "
@@ -239,7 +245,7 @@ def update(step: int, loss: float, flags: CommonFlags, model: nn.Module, optimiz
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return {"lr": rate, "grad_norm": norm}
+    return values, {"lr": rate, "grad_norm": norm}
 
 
 def warmup_then_linear(step: int, steps: int, warmup: float) -> float:

@@ -32,7 +32,7 @@ from nano_moca.config import BASE
 from nano_moca.families import load_config
 from nano_moca.masking import mask_batch
 from nano_moca.processor import Processor
-from torch import device, eye, zeros
+from torch import eye, zeros
 
 FILE = Path(__file__).resolve().parent / "figures" / "stages.png"
 WIDTH, HEIGHT, LEFT, RIGHT = 1200, 1228, 40, 1160  # hundredths of an inch
@@ -107,7 +107,7 @@ def width_of(text: str, weight: str = "normal") -> float:
 def pattern(length: int, causal: bool) -> np.ndarray:
     """Which tokens (columns) each token sees: the weights of attention.py where all are alike."""
     alike, own = zeros(length, 1, 1), eye(length)[:, None]
-    segments = Segments((length,), device("cpu"))
+    segments = Segments.of((length,))
     return reference_attention(alike, alike, own, segments, causal)[:, 0].numpy() > 0
 
 

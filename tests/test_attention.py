@@ -27,7 +27,7 @@ LENGTHS = {
 
 
 def segments_of(lengths: tuple[int, ...], device: str = "cpu") -> Segments:
-    return Segments(lengths, torch.device(device))
+    return Segments.of(lengths, torch.device(device))
 
 
 def make_inputs(total: int, kv_heads: int, seed: int = 0) -> list[Tensor]:

@@ -259,9 +259,9 @@ def one_step(golden: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.Monk
         step.compared.append(len(queries) + len(positives) + len(negatives))
         return info_nce(queries, positives, negatives, *others)
 
-    def stop(number, loss, flags, model, *others) -> None:
+    def stop(number, losses, flags, model, *others) -> None:
         step.model = model
-        step.loss = loss
+        step.loss = losses[0].item()
         raise Stopped
 
     def run(sizes: list[int]) -> Step:

@@ -792,7 +792,7 @@ def test_what_a_step_names_is_bounded() -> None:
     model(torch.ones(1, 2)).sum().backward()
     sources = [f"data.jsonl:{number}" for number in range(1, 2001)]
     with pytest.raises(MocaError, match="2000 on this rank: data.jsonl:1, data.jsonl:2") as caught:
-        trainer.update(1, float("nan"), CommonFlags(), model, optimizer, sources)
+        trainer.update(1, torch.tensor([torch.nan]), CommonFlags(), model, optimizer, sources)
     assert len(str(caught.value)) < 400
 
 

@@ -170,7 +170,7 @@ def test_random_models(family: str, seed: int, golden: Path, tmp_path: Path) -> 
         if images:
             assert torch.equal(batch.grids, expected["grids"])
             close(batch.patches, expected["patches"], atol=1e-6)
-            close(moca.model.visual(batch.patches, batch.grids), expected["vision"], atol=1e-3)
+            close(moca.model.visual(batch.patches, batch.layout), expected["vision"], atol=1e-3)
         for name in ("causal", "bidirectional"):
             close(moca.model(batch, causal=name == "causal"), expected[name], atol=1e-3)
         close(moca.model(batch, causal=True) @ moca.model.head.T, expected["logits"], atol=1e-3)

@@ -123,7 +123,7 @@ def compare(moca: Moca, model: nn.Module, record: Record) -> None:
     if record.images:
         assert torch.equal(batch.grids, inputs["image_grid_thw"])
         close(batch.patches, inputs["pixel_values"], atol=1e-6)
-        close(moca.model.visual(batch.patches, batch.grids), expected["vision"], atol=1e-4)
+        close(moca.model.visual(batch.patches, batch.layout), expected["vision"], atol=1e-4)
     for name in ("causal", "bidirectional"):
         close(moca.model(batch, causal=name == "causal"), expected[name], atol=1e-4)
     close(moca.model(batch, causal=True) @ moca.model.head.T, expected["logits"], atol=5e-4)

@@ -137,7 +137,7 @@ def test_masks_follow_the_key(processor: Processor, records: list[Record], order
     assert torch.equal(packed.target, torch.cat([one.target for one in alone]))
 
     # An index counts from the beginning of the batch.
-    starts = packed.batch.cu_seqlens[:-1]
+    starts = packed.batch.segments.offsets[:-1]
     for name in ("text_index", "group_index"):
         shifted = [getattr(one, name) + start for one, start in zip(alone, starts, strict=True)]
         assert torch.equal(getattr(packed, name), torch.cat(shifted))
@@ -236,10 +236,14 @@ def test_moved_batches_are_complete(batch: Batch, processor: Processor) -> None:
     for name in ("text_index", "labels", "group_index", "target"):
         tensor = getattr(moved, name)
         assert tensor.is_meta and tensor.shape == getattr(masked, name).shape
-    for name in ("tokens", "positions", "patches", "image_index"):
-        assert getattr(moved.batch, name).is_meta
-    assert not moved.batch.cu_seqlens.is_meta and not moved.batch.grids.is_meta
+    layout = moved.batch.layout
+    for item in (moved.batch, moved.batch.segments, layout, layout.whole, layout.windows):
+        tensors = [value for value in vars(item).values() if isinstance(value, Tensor)]
+        assert tensors and all(tensor.is_meta for tensor in tensors)
+    assert moved.batch.patches.is_meta and moved.batch.patches.shape == batch.patches.shape
+    assert moved.batch.lengths == batch.lengths and torch.equal(moved.batch.grids, batch.grids)
     assert moved.batch.sources == batch.sources
+    assert not masked.batch.tokens.is_meta  # the one that was moved stays as it is
 
 
 def test_other_pictures_are_other_pictures(moca: Moca) -> None:
@@ -256,9 +260,9 @@ def test_other_pictures_are_other_pictures(moca: Moca) -> None:
 
     batch = moca.processor.batch(pictures(56, 84, 56, 84, 56))
     swapped = other_pictures(batch)
-    sizes = batch.grids.prod(1).tolist()
-    pairs = list(zip(batch.patches.split(sizes), swapped.split(sizes), strict=True))
+    sizes = (batch.grids.prod(1) // 4).tolist()  # groups
+    pairs = list(zip(batch.pixels.split(sizes), swapped.split(sizes), strict=True))
     assert not any(torch.equal(own, other) for own, other in pairs)
-    assert swapped.sum().item() == pytest.approx(batch.patches.sum().item(), rel=1e-4)
+    assert swapped.sum() == batch.pixels.sum()
     assert other_pictures(moca.processor.batch(pictures(56, 84))) is None
     assert other_pictures(moca.processor.batch(pictures(56) * 3)) is None

@@ -70,7 +70,7 @@ def test_vision(case: Case, number: int) -> None:
     if not case.records[number].images:
         pytest.skip("no image in this record")
     batch = case.batch(number)
-    image_tokens = case.moca.model.visual(batch.patches, batch.grids)
+    image_tokens = case.moca.model.visual(batch.patches, batch.layout)
     close(image_tokens, case.expected[f"{number}.vision"], atol=1e-3)
 
 
@@ -160,7 +160,7 @@ def losses_by_record(model: ReconstructionModel, masked: MaskedBatch, causal: bo
                      ) -> tuple[Tensor, list[Tensor]]:
     """Each record's (sum of token losses, sum of group losses) [N, 2], and the gradients of
     the sum of all."""
-    ends = masked.batch.cu_seqlens[1:]
+    ends = masked.batch.segments.offsets[1:]
     token_owner = torch.bucketize(masked.text_index, ends, right=True)  # [R]
     group_owner = torch.bucketize(masked.group_index, ends, right=True)  # [G]
 
@@ -264,7 +264,7 @@ def test_the_patch_decoder_is_bidirectional(moca: Moca, masked: MaskedBatch) -> 
     """It sees what stands after a group, even on top of a causal decoder."""
     model = reconstruction_model(moca)
     tokens = masked.batch.tokens.clone()
-    tokens[masked.batch.cu_seqlens[1:] - 1] = 5  # each record's last token
+    tokens[masked.batch.segments.offsets[1:] - 1] = 5  # each record's last token
     changed = replace(masked, batch=replace(masked.batch, tokens=tokens))
 
     # The decoder's hidden states at the groups are the same; the predicted pixels are not.
@@ -301,7 +301,7 @@ def test_last_token_reaches_the_first_iff_bidirectional(case: Case, packed: bool
     numbers = [0, 3, 4] if packed else [3]
     batch = case.moca.processor.batch([case.records[n] for n in numbers])
     place = numbers.index(3)
-    begin, end = batch.cu_seqlens[place : place + 2]
+    begin, end = batch.segments.offsets[place : place + 2]
     tokens = batch.tokens.clone()
     tokens[end - 1] = 5
     changed = replace(batch, tokens=tokens)
@@ -316,7 +316,7 @@ def test_last_token_reaches_the_first_iff_bidirectional(case: Case, packed: bool
 def test_an_image_reaches_the_words_before_it_iff_bidirectional(case: Case) -> None:
     """Another picture changes what precedes it when bidirectional, never when causal."""
     batch = case.batch(3)
-    changed = replace(batch, patches=-batch.patches)
+    changed = replace(batch, pixels=255 - batch.pixels)
     first = int(batch.image_index[0])
     for causal in (False, True):
         change = case.moca.model(changed, causal) - case.moca.model(batch, causal)

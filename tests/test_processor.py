@@ -109,13 +109,32 @@ def test_patchify_by_hand(processor: Processor) -> None:
     """Row 4g + 2y + x is a patch of 2x2 group g; its values go channel, frame, y, x."""
     image = picture(84, 56)
     patches, grid = patches_of(processor, image)
-    pixels = (np.asarray(image, np.float32) / 255 - processor.mean) / processor.std
+    mean, std = np.float32(processor.normalise.mean), np.float32(processor.normalise.std)
+    pixels = (np.asarray(image, np.float32) / 255 - mean) / std
     assert grid == (1, 4, 6) and patches.shape == (24, 1176)
     values = patches.reshape(24, 3, 2, 14, 14)
     np.testing.assert_array_equal(values[:, :, 0], values[:, :, 1])
     # group 4 is the second of the second row of groups; its patch 1 is the upper right one
     theirs = pixels[28:42, 28 + 14 : 28 + 28].transpose(2, 0, 1)
     np.testing.assert_allclose(values[4 * 4 + 1, :, 0], theirs, atol=1e-6)
+
+
+def test_bytes_are_normalised_to_the_bit(processor: Processor) -> None:
+    """What the model reads of each of the 256 values of a channel is what numpy computes of it in
+    float32; and so it is of a picture, whose other frame is the same."""
+    mean, std = np.float32(processor.normalise.mean), np.float32(processor.normalise.std)
+    values = torch.arange(256, dtype=torch.uint8)
+    ours = processor.normalise(values.repeat(3)).view(3, 2, 256)  # channel, frame, value
+    levels = (np.arange(256, dtype=np.float32) / np.float32(255))[:, None]
+    theirs = torch.from_numpy((levels - mean) / std).T  # [3, 256]
+    assert torch.equal(ours[:, 0], theirs) and torch.equal(ours[:, 1], theirs)
+
+    image = Image.effect_mandelbrot((84, 56), (-2, -1, 1, 1), 20).convert("RGB")
+    batch = processor.batch([Record(MARK, [image])])
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (6, 4, 588)
+    pixels = (np.asarray(image, np.float32) / np.float32(255) - mean) / std  # [56, 84, 3]
+    first = torch.from_numpy(pixels[:14, :14]).permute(2, 0, 1)  # the first patch, [3, 14, 14]
+    assert torch.equal(batch.patches[0].view(3, 2, 14, 14), first[:, None].expand(3, 2, 14, 14))
 
 
 def test_unpatchify_inverts_patchify(processor: Processor) -> None:
@@ -187,14 +206,14 @@ def test_settings_that_are_obeyed(checkpoint: Path, processor: Processor, conten
     """All say the same, in the ways in which it is written; a limit beside a size comes first."""
     ours = with_settings(checkpoint, content)
     assert (ours.min_pixels, ours.max_pixels) == (3136, 28224)
-    np.testing.assert_array_equal(ours.mean, np.float32(HUB["image_mean"]))
-    np.testing.assert_array_equal(ours.std, np.float32(HUB["image_std"]))
+    np.testing.assert_array_equal(np.float32(ours.normalise.mean), np.float32(HUB["image_mean"]))
+    np.testing.assert_array_equal(np.float32(ours.normalise.std), np.float32(HUB["image_std"]))
 
 
 def test_other_means_are_obeyed(checkpoint: Path) -> None:
     """As Qwen3-VL's, and what is not said is CLIP's."""
     ours = with_settings(checkpoint, {"image_mean": [0.5, 0.25, 0], "image_std": [0.5, 1, 0.25]})
-    np.testing.assert_array_equal(ours.mean, np.float32([0.5, 0.25, 0]))
+    np.testing.assert_array_equal(np.float32(ours.normalise.mean), np.float32([0.5, 0.25, 0]))
     patches, _ = patches_of(ours, Image.new("RGB", (56, 56), "white"))
     values = patches.reshape(-1, 3, 2 * 14 * 14)
     for channel, expected in enumerate((1, 0.75, 4)):
@@ -289,8 +308,8 @@ def test_saved_settings(checkpoint: Path, tmp_path: Path) -> None:
         assert "size" not in json.loads((folder / "preprocessor_config.json").read_text())
         again = Processor.load(folder, ours.config)
         assert (again.min_pixels, again.max_pixels) == (3136, 28224)
-        np.testing.assert_array_equal(again.mean, ours.mean)
-        np.testing.assert_array_equal(again.std, ours.std)
+        np.testing.assert_array_equal(again.normalise.mean, ours.normalise.mean)
+        np.testing.assert_array_equal(again.normalise.std, ours.normalise.std)
 
 
 # ---- tokens, positions, batches
@@ -314,8 +333,9 @@ def test_pack_offsets(processor: Processor, records: list[Record]) -> None:
     encoded = [processor.encode(record) for record in records]
     batch = processor.pack(encoded)
     assert batch.lengths == tuple(len(item.tokens) for item in encoded)
-    assert batch.cu_seqlens.tolist() == [0, *np.cumsum(batch.lengths)]
-    for item, begin, end in zip(encoded, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+    assert batch.segments.offsets.tolist() == [0, *np.cumsum(batch.lengths)]
+    offsets = batch.segments.offsets
+    for item, begin, end in zip(encoded, offsets[:-1], offsets[1:], strict=True):
         assert batch.tokens[begin:end].tolist() == item.tokens.tolist()
         assert batch.positions[:, begin:end].tolist() == item.positions.tolist()
     assert batch.patches.shape == (4 * len(batch.image_index), 1176)

@@ -26,7 +26,7 @@ import train_cl
 import train_cpt
 from launching import Job, assert_same_run, child, free_port, read_log, read_weights, write_data
 from nano_moca import MARK, Moca, MocaError, Record
-from nano_moca.attention import Segments
+from nano_moca import model as qwen2
 from nano_moca.batch import Batch
 from nano_moca.config import BASE
 from nano_moca.convert import export
@@ -35,6 +35,7 @@ from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import VLM, ReconstructionModel
 from nano_moca.qwen3 import model as qwen3
 from nano_moca.qwen3.config import parse_qwen3
+from waits import Watch, attend_nowhere
 
 close = partial(torch.testing.assert_close, rtol=0)
 # the hub's preprocessor_config.json, but for its limits, 256 x 256 to 4096 x 4096 pixels
@@ -293,15 +294,27 @@ def test_the_end_reaches_the_beginning_iff_bidirectional(moca: Moca, records: li
     batch = moca.processor.batch(records[2:3])
     tokens = batch.tokens.clone()
     tokens[-1] = 5
-    patches = batch.patches.clone()
-    patches[-4:] *= -1  # of the last group
+    pixels = batch.pixels.clone()
+    pixels[-1] = 255 - pixels[-1]  # of the last group
     last_group = int(batch.image_index[-1])
     for changed, place in ((replace(batch, tokens=tokens), len(tokens) - 1),
-                           (replace(batch, patches=patches), last_group)):
+                           (replace(batch, pixels=pixels), last_group)):
         for causal in (False, True):
             change = moca.model(changed, causal) - moca.model(batch, causal)
             assert (change[0].abs().max() > 1e-4) == (not causal)
             assert change[place].abs().max() > 1e-2
+
+
+def test_the_host_does_not_wait(moca: Moca, records: list[Record], monkeypatch: pytest.MonkeyPatch
+                               ) -> None:
+    """Forward and backward read nothing from the device and send nothing: see waits.py."""
+    for module in (qwen3, qwen2):
+        monkeypatch.setattr(module, "attend", attend_nowhere)
+    batch = moca.processor.batch(records).to("meta")
+    model = copy.deepcopy(moca.model).to("meta")
+    with Watch() as watch:
+        model.embed(batch, causal=False, pooling="mean").sum().backward()
+    assert not watch.waits and not watch.copies
 
 
 def layer_inputs(model: VLM, x: Tensor, batch: Batch) -> list[Tensor]:
@@ -309,8 +322,7 @@ def layer_inputs(model: VLM, x: Tensor, batch: Batch) -> list[Tensor]:
     taken: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
              for layer in model.language.layers]
-    segments = Segments(batch.lengths, x.device)
-    taken.append(model.language(x, batch.positions, segments, causal=False))
+    taken.append(model.language(x, batch.positions, batch.segments, causal=False))
     for hook in hooks:
         hook.remove()
     return taken

@@ -424,7 +424,8 @@ def test_update_clips() -> None:
         model = nn.Linear(2, 1, bias=False)
         optimizer, before = torch.optim.SGD(model.parameters(), 1.0), model.weight.detach().clone()
         model.weight.grad = torch.tensor([given])
-        told = update(2, 1.0, flags, model, optimizer, [])
+        losses, told = update(2, torch.tensor([1.0, 5.0]), flags, model, optimizer, [])
+        assert losses == [1.0, 5.0]
         assert told == {"lr": 0.25, "grad_norm": pytest.approx(math.hypot(*given))}
         expected = before - 0.25 * torch.tensor([moved])
         torch.testing.assert_close(model.weight.detach(), expected)
@@ -439,7 +440,8 @@ def test_update_refuses_what_is_not_finite(value: float) -> None:
     for loss, gradient, name in ((value, 1.0, "loss"), (1.0, value, "gradient norm")):
         model.weight.grad = torch.tensor([[1.0, gradient]])
         with pytest.raises(MocaError, match=f"step 7: the {name} .*a.jsonl:1, a.jsonl:2"):
-            update(7, loss, CommonFlags(), model, optimizer, ["a.jsonl:1", "a.jsonl:2"])
+            losses = torch.tensor([0.5, loss])
+            update(7, losses, CommonFlags(), model, optimizer, ["a.jsonl:1", "a.jsonl:2"])
         assert model.weight.equal(before)
 
 

@@ -126,7 +126,7 @@ def greedy(model: VLM, batch: Batch, steps: int, end: int | None) -> list[list[i
     captions: list[list[int]] = [[] for _ in embeddings]
     for _ in range(steps):
         # The last hidden state of each record predicts its next token.
-        segments = Segments(tuple(map(len, embeddings)), batch.tokens.device)
+        segments = Segments.of([len(one) for one in embeddings], batch.tokens.device)
         x = torch.cat(embeddings)  # [T, D]
         hidden = model.language(x, torch.cat(positions, dim=1), segments, causal=True)
         last = hidden[segments.offsets[1:].long() - 1]  # [N, D]

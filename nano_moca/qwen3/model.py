@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nano_moca import model as qwen2
 from nano_moca.attention import Segments, attend
+from nano_moca.batch import Layout
 from nano_moca.qwen3.config import Qwen3Config, Qwen3VisionConfig
 
 # --- the vision tower -----------------------------------------------------------------
@@ -79,19 +80,19 @@ class VisionTower(qwen2.VisionTower):
         self.deepstack_merger_list = nn.ModuleList(
             Merger(config, group_width) for _ in config.deepstack)
 
-    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """patches [P, 1536], by 2x2 groups; grids [I, 3] on the host: frames, rows
-        and columns of patches -> image tokens and their features [J, 1 + k, D]."""
+    def forward(self, patches: Tensor, layout: Layout) -> Tensor:
+        """patches [P, 1536], by 2x2 groups, and where they are -> image tokens and their
+        features [J, 1 + k, D]."""
         # Without windows the groups stay in the images' order.
-        _, angles, segments, _ = self.arrange(grids, patches.device)
+        angles = self.rotary_angles(layout)  # [P, d/2]
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))  # [P, E]
-        learnt = [self.learnt_positions(*grid) for grid in grids.tolist()]
+        learnt = [self.learnt_positions(*grid) for grid in layout.grids]
         x = x + torch.cat(learnt).to(x.dtype)
 
         # Features are taken on the way, each by its own merger.
         features: list[Tensor] = []
         for number, block in enumerate(self.blocks):
-            x = qwen2.run_layer(block, self.checkpointing, x, angles, segments)  # [P, E]
+            x = qwen2.run_layer(block, self.checkpointing, x, angles, layout.whole)  # [P, E]
             if number in self.config.deepstack:
                 features.append(self.deepstack_merger_list[len(features)](x))  # [J, D]
         return torch.stack([self.merger(x), *features], dim=1)  # [J, 1 + k, D]
@@ -106,9 +107,10 @@ class VisionTower(qwen2.VisionTower):
         table = self.pos_embed.weight.float().T.view(1, -1, side, side)  # [1, E, side, side]
         grid = F.interpolate(table, (rows, columns), mode="bilinear", align_corners=True)
 
-        # From the image's rows to the order of its patches.
-        positions, _, _ = qwen2.image_layout((frames, rows, columns), self.config)  # [P, 2]
-        return grid[0][:, positions[:, 0], positions[:, 1]].T
+        # From the image's rows to the order of its patches, by groups.
+        m = self.config.merge
+        groups = grid.view(-1, rows // m, m, columns // m, m).transpose(2, 3)
+        return groups.flatten(1).T.repeat(frames, 1)
 
 
 # --- the decoder ----------------------------------------------------------------------

@@ -120,7 +120,7 @@ def cross_modal_report(
     records = [record for _, record in items]
     batch = processor.pack(records)
     wrong = other_pictures(batch)
-    swapped = None if wrong is None else replace(batch, patches=wrong)
+    swapped = None if wrong is None else replace(batch, pixels=wrong)
     wordless = processor.pack([only(record, special, words=False) for record in records])
     pictureless = processor.pack([only(record, special, words=True) for record in records])
 
@@ -155,7 +155,7 @@ def only(record: EncodedRecord, special: np.ndarray, words: bool) -> EncodedReco
 
 
 def other_pictures(batch: Batch) -> Tensor | None:
-    """The patches [P, 1176] with each image in the place of another of its size.
+    """The pixels [J, 4, 588] with each image in the place of another of its size.
 
     None if over a tenth of the images keep their place or get an identical one: the
     "wrong picture" score would then partly measure the right picture.
@@ -165,7 +165,8 @@ def other_pictures(batch: Batch) -> Tensor | None:
         by_size.setdefault(tuple(grid), []).append(number)
 
     # Images of one size move on by one, the last to the first one's place.
-    images = batch.patches.split(batch.grids.prod(1).tolist())
+    groups = batch.grids.prod(1) // batch.pixels.shape[1]  # [I]: of each image
+    images = batch.pixels.split(groups.tolist())
     swapped = list(images)
     for same in by_size.values():
         for number, other in zip(same, same[1:] + same[:1], strict=True):
@@ -209,7 +210,7 @@ def restorations(
         # As pictures, with the words beside them.
         column = []
         for groups, parts in (grey, blanks), (restored, answers), (original, words):
-            patches = groups.reshape(batch.patches.shape)  # [P, 1176]
+            patches = groups.reshape(-1, processor.config.vision.patch_values)  # [P, 1176]
             column.append((processor.unpatchify(patches, record.grids[0]), "".join(parts)))
         columns.append(column)
     return columns
