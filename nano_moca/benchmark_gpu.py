@@ -108,7 +108,7 @@ def relative_error(function: Callable, twin: Callable, call: Callable, inputs: l
 def print_errors(device: torch.device) -> None:
     """Each fast function beside its plain twin."""
     T, V = 300, 5000
-    segments = Segments((200, 99, 1), device)
+    segments = Segments.of((200, 99, 1), device)
     angles = torch.linspace(0, 100, T * 32, device=device).view(T, 32)
     labels = torch.arange(T, device=device)
     pixels = torch.zeros(0, 4, device=device)  # none: the loss of text alone

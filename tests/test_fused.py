@@ -157,7 +157,7 @@ def test_the_kernel_gets_the_heads_that_it_takes(monkeypatch: pytest.MonkeyPatch
     """A kernel for grouped heads gets no copies of keys and values; an older one gets them."""
     heads = 4
     query, key, value = (torch.randn(9, n, 8) for n in (heads, kv_heads, kv_heads))
-    segments = Segments((4, 5), query.device)
+    segments = Segments.of((4, 5), query.device)
     seen = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, _: Tensor, longest: int, __: int, *,
