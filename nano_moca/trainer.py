@@ -50,6 +50,10 @@ def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], Non
 
     @wraps(train)
     def checked(flags: CommonFlags) -> None:
+        if flags.plan:
+            from nano_moca.estimate import print_estimate  # computed; nothing is trained
+
+            return print_estimate(flags)
         from nano_moca.plan import claim_output  # what may go wrong there is no part of training
 
         with claim_output(flags):

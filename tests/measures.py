@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nano_moca"
 SCRIPTS = [ROOT / "train_cpt.py", ROOT / "train_cl.py"]
 # beside the road: neither stage needs it to train and to save
-BESIDE = ("qwen3", "builtin", "convert", "plan", "report", "evaluate", "ablate", "benchmark")
+BESIDE = ("qwen3", "builtin", "convert", "plan", "estimate", "report", "evaluate", "ablate",
+          "benchmark")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise)
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
