@@ -17,7 +17,7 @@ the ranks add it up. How the rest comes about:
 
 **A dry run.** PyTorch's "meta" device knows the shape and dtype of every tensor, and
 keeps no values. So a micro-batch of the true size goes through the true model there,
-forward and backward, in seconds, and a `Ledger` notes when each tensor begins to take
+forward and backward, and a `Ledger` notes when each tensor begins to take
 memory, and when nobody holds it any more. No formula for activations has to be kept in
 step with the model. For a token in one layer of 3B's decoder (D 2048, MLP 11008, 16 and 2
 heads of 128; bfloat16) it finds that forward keeps, in bytes:
@@ -28,7 +28,7 @@ heads of 128; bfloat16) it finds that forward keeps, in bytes:
                             q, k (turned), v, attention's result            16,000
                             gate, silu(gate), up, their product             88,000
 
-Three quarters of a layer's memory are its MLP's: that is what checkpointing drops, but for
+Two thirds of a layer's memory are its MLP's. All of it is what checkpointing drops, but for
 one layer at a time. The same run gives the time: of matrix products their arithmetic, of
 all else the memory traffic, at the rates that `CARDS` assumes (a *roofline*: a limit, if
 nothing waits).
@@ -46,6 +46,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -122,7 +123,8 @@ class Ledger(TorchDispatchMode):
         self.known.discard(key)
         self.held[kind] -= amount
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
         """Run an operation, and note what it costs."""
         result = func(*args, **(kwargs or {}))
         results = result if isinstance(result, (tuple, list)) else [result]
