@@ -52,12 +52,16 @@ UNDER_WAY: list[Future] = []
 
 
 def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
-    """A script's `train`, behind the checks of plan.py: one run an --output, and over
+    """A script's `train`, behind the checks of claims.py: one run an --output, and over
     nothing that it reads."""
 
     @wraps(train)
     def checked(flags: CommonFlags) -> None:
-        from nano_moca.plan import claim_output  # what may go wrong there is no part of training
+        if flags.plan:
+            from nano_moca.estimate import print_estimate  # computed; nothing is trained
+
+            return print_estimate(flags)
+        from nano_moca.claims import claim_output  # what may go wrong there is no part of training
 
         with claim_output(flags):
             # The output is ours until nothing is written there, also after an error.
