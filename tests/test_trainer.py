@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -406,7 +407,9 @@ def test_prefetch() -> None:
             yield number
         raise MocaError("the fourth is broken")
 
-    assert list(prefetch(numbers(), 2)) == [0, 1] == made
+    assert list(prefetch(numbers(), 2)) == [0, 1]
+    time.sleep(0.2)  # a third would be made in a thread
+    assert made == [0, 1]
     made.clear()
     values = prefetch(numbers(), 5)
     assert not made
