@@ -19,26 +19,25 @@ the same.) The letters of all shapes stand in nano_moca/__init__.py.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano_moca.batch import KINDS, EncodedRecord, Pair
-from nano_moca.batches import PairBatches, prefetch
+from nano_moca.batch import KINDS, Batch, Pair
+from nano_moca.batches import PairBatch, PairBatches, prefetch
 from nano_moca.checkpoint import save_model
 from nano_moca.config import BASE
 from nano_moca.data import Joined, load_tasks
-from nano_moca.distributed import init_distributed, shard
+from nano_moca.distributed import World, init_distributed, shard
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag, main_guard, parse_flags
 from nano_moca.losses import info_nce
-from nano_moca.model import POOLINGS, VLM
+from nano_moca.model import POOLINGS
 from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import load_weights
 import torch
-from torch import Tensor
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
 
@@ -57,7 +56,7 @@ class Flags(CommonFlags):
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises", low=0, high=1)
     batch: int = flag(64, "pairs per step over all ranks", low=2)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)
-    chunk: int = flag(0, "records embedded at once (gradient cache); 0: all", low=0)
+    chunk: int = flag(0, "tokens embedded at once (gradient cache); 0: all", low=0)
     hard_negatives: int = flag(2, "at most this many per query", low=0)
     temperature: float = flag(0.03, "what cosines are divided by", low=1e-4, high=10)
     pooling: str = flag(None, "default: mean; last if causal", choices=POOLINGS)
@@ -78,13 +77,18 @@ def load_pairs(flags: Flags, unusable: list[MocaError] | None) -> dict[str, Sequ
     return tasks
 
 
-def embed_chunk(model: VLM, processor: Processor, chunk: list[EncodedRecord],
-                filler: EncodedRecord, causal: bool, pooling: str) -> Tensor:
-    """Unit vectors [records of the chunk, D] float32. A rank whose chunk is
-    empty runs the filler and drops its vector: under FSDP all must take part in
-    each forward pass."""
-    batch = processor.pack(chunk or [filler]).to(model.head.device)
-    return model.embed(batch, causal, pooling)[: len(chunk)]
+def packed_steps(batches: PairBatches, processor: Processor, world: World
+                 ) -> Iterator[tuple[PairBatch, list[Batch]]]:
+    """Draw, pack and send to the device: each step's pairs for this rank, and its chunks,
+    which a gradient cache embeds twice."""
+    for drawn in batches:
+        chunks = []
+        for records in drawn.chunks:
+            # In place of an empty chunk the filler is embedded, and its vector dropped:
+            # under FSDP all ranks must take part in each forward pass.
+            batch = processor.pack(records or [drawn.filler])
+            chunks.append(batch.to(world.device))
+        yield drawn.to(world.device), chunks
 
 
 @guarded  # one run an --output, over nothing that it reads
@@ -106,8 +110,8 @@ def train(flags: Flags) -> None:
     unusable: list[MocaError] = []  # lines that name no task, to be listed; else they stop us
     tasks = load_pairs(flags, unusable if skipped else None)
     batches = PairBatches(tasks, processor, flags.batch, flags.max_tokens,
-                          flags.hard_negatives, flags.seed, flags.alpha, rank=world.rank,
-                          world_size=world.size, skipped=skipped, unusable=unusable)
+                          flags.hard_negatives, flags.seed, flags.alpha, flags.chunk,
+                          world.rank, world.size, skipped, unusable)
 
     # Begin, or go on where the checkpoint in --output was written.
     optimizer = make_optimizer(model, flags.learning_rate)
@@ -120,25 +124,25 @@ def train(flags: Flags) -> None:
 
     # `batches` is a step ahead of what was learned: `data_state` says where to go on.
     data_state = batches.state
-    loader = prefetch(batches)
+    loader = prefetch(packed_steps(batches, processor, world), flags.steps - done)
     for step in range(done + 1, flags.steps + 1):
         started = time.perf_counter()
 
-        # 1. This rank's pairs: n queries, n positives, M hard negatives, cut into chunks. All
+        # 1. This rank's pairs: n queries, n positives, M hard negatives, packed in chunks. All
         #    ranks have equally many chunks, so that all cache or none does. Until the loss is
         #    read (5.) the host waits for nothing.
-        drawn = next(loader).to(world.device)
+        drawn, chunks = next(loader)
         data_state = drawn.state
-        chunks = drawn.chunks(flags.chunk)
+        sizes = [len(records) for records in drawn.chunks]
         cached = len(chunks) > 1
 
         # 2. Embed them all. If the gradient is to be cached, no graph is kept: the vectors
         #    are where backward stops for now.
         chunk_vectors = []
-        for chunk in chunks:
+        for chunk, size in zip(chunks, sizes, strict=True):
             with torch.set_grad_enabled(not cached):
-                chunk_vectors.append(
-                    embed_chunk(model, processor, chunk, drawn.filler, causal, pooling))
+                vectors = model.embed(chunk, causal, pooling)
+            chunk_vectors.append(vectors[:size])
         vectors = torch.cat(chunk_vectors)  # [n + n + M, D]
         if cached:
             vectors.requires_grad_()
@@ -155,10 +159,10 @@ def train(flags: Flags) -> None:
         # 4. With a cache: embed each chunk again, now with a graph, and go on backward from
         #    the gradient at its vectors. One chunk's activations are in memory at a time.
         if cached:
-            gradients = vectors.grad.split([len(chunk) for chunk in chunks])
+            gradients = vectors.grad.split(sizes)
             for chunk, gradient in zip(chunks, gradients, strict=True):
-                vectors = embed_chunk(model, processor, chunk, drawn.filler, causal, pooling)
-                vectors.backward(gradient)
+                vectors = model.embed(chunk, causal, pooling)
+                vectors[: len(gradient)].backward(gradient)
 
         # 5. Clip the gradients; read their norm and the loss of the whole step, over all ranks;
         #    stop if one is not finite, and name the step's records; set this step's learning

@@ -108,7 +108,7 @@ def train(flags: Flags) -> None:
 
     # `batches` is a step ahead of what was learned: `data_state` says where to go on.
     data_state = batches.state
-    loader = prefetch(masked_steps(batches, processor, flags, world))
+    loader = prefetch(masked_steps(batches, processor, flags, world), flags.steps - done)
     for step in range(done + 1, flags.steps + 1):
         started = time.perf_counter()
 

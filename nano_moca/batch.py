@@ -53,13 +53,16 @@ class Pair:
 
 @dataclass
 class EncodedRecord:
-    """One record as tokens. Its images were looked at, but are decoded only when packed."""
+    """One record as tokens. Its images were looked at, but are decoded only on the rank
+    that takes it."""
 
     tokens: np.ndarray  # [L] int64
     positions: np.ndarray  # [3, L] int64: frame, row, column
     images: list[ImageLike]  # as given: a process may hold only so many open files
     grids: list[Grid]  # of each image
     source: str
+    cost: int  # of computing with it, in text tokens
+    patches: list[Tensor] | None = field(default=None, init=False)  # from decoded to packed
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -6,6 +6,11 @@ step draws follows from the seed and a small `state`, which a checkpoint keeps: 
 run goes on with the very next record. Records that cannot be used stop the run, or are
 counted and listed.
 
+To draw is to read texts and the sizes of images, on every rank. A rank decodes only the
+images of its own share, once, in threads, while the model computes the step before. So a
+step in work and the next one are in memory, and no more. If records are skipped, the
+ranks tell each other what they could not decode, and all leave it out.
+
 **Stage 1** (`TokenBatches`): a step takes records up to a budget of tokens.
 
 1. An epoch is a permutation of all records, by seed and epoch (see `shuffle`).
@@ -22,7 +27,8 @@ src/trainer.py:10-18.)
 
 import heapq
 import json
-import math
+import os
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nano_moca.batch import EncodedRecord, Pair, Record, Sendable
@@ -39,15 +46,16 @@ from nano_moca.files import MocaError, writing
 from nano_moca.processor import Processor
 
 
-def prefetch(steps: Iterator) -> Iterator:
-    """The same steps, each made one ahead in a thread, while the model
-    computes the last."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, steps)
-        while True:
-            step = ahead.result()
+def prefetch(steps: Iterator, count: int) -> Iterator:
+    """The next `count` steps, each made one ahead in a thread, while the model computes
+    the last: two are in memory at a time."""
+    thread = ThreadPoolExecutor(1)
+    ahead = thread.submit(next, steps)
+    for left in reversed(range(count)):
+        step = ahead.result()
+        if left:
             ahead = thread.submit(next, steps)
-            yield step
+        yield step
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
@@ -63,6 +71,20 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def cut(records: Sequence[EncodedRecord], budget: int) -> list[list[EncodedRecord]]:
+    """The records in order, in chunks of at most `budget` tokens or of one record; in one
+    chunk if the budget is 0."""
+    chunks: list[list[EncodedRecord]] = [[]]
+    tokens = 0
+    for record in records:
+        tokens += len(record.tokens)
+        if budget and chunks[-1] and tokens > budget:
+            chunks.append([])
+            tokens = len(record.tokens)
+        chunks[-1].append(record)
+    return chunks
+
+
 def shuffle(records: Sequence, generator: np.random.Generator) -> np.ndarray:
     """[N] int64: a random order of N records. Those of parquet files, of which a single
     one costs many, come in groups, as convert/sources.py describes."""
@@ -74,10 +96,45 @@ def shuffle(records: Sequence, generator: np.random.Generator) -> np.ndarray:
 
 
 class Steps(Iterator):
-    """What both stages do with records that cannot be used: stop, or count and list."""
+    """What both stages do: decode the images of this rank's records, in threads; and with
+    records that cannot be used, stop, or count and list."""
 
     skipped: Path | None  # the list; None: the first such record stops the run
     state: dict[str, Any]  # all that the coming draws depend on, beside seed and data
+
+    def __post_init__(self) -> None:
+        # Ranks share the processors of their machine; one is for the model's own thread. A
+        # thread decodes 17 pictures of 1024 x 768 a second: more than eight help no GPU.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.threads = ThreadPoolExecutor(min(max(1, os.cpu_count() // local_ranks - 1), 8))
+
+        # What ranks tell each other while the model is running goes past its own group.
+        skips = self.skipped and self.world_size > 1
+        self.group = dist.new_group(backend="gloo") if skips else None
+
+    def decode(self, own: dict[int, list[EncodedRecord]]) -> set[int]:
+        """Decode this rank's items of a step: their numbers, and the records of each.
+
+        Returns the numbers of those, on all ranks, that cannot be used.
+        """
+        # Beside each other; what comes out does not depend on which is done first.
+        tasks = {number: self.threads.submit(self.processor.decode, records)
+                 for number, records in own.items()}
+        failed: dict[int, MocaError] = {}
+        for number, task in tasks.items():
+            try:
+                task.result()
+            except MocaError as error:
+                failed[number] = error
+
+        # All ranks leave out, count and list the same.
+        if self.group:
+            parts = [{}] * self.world_size
+            dist.all_gather_object(parts, failed, self.group)
+            failed = dict(ChainMap(*parts))
+        for number in sorted(failed):
+            self.skip(failed[number])
+        return set(failed)
 
     def skip(self, error: MocaError) -> None:
         """Count and list what cannot be used, or stop."""
@@ -122,53 +179,62 @@ class TokenBatches(Steps):
     state: dict[str, Any] | None = None  # where to go on; None: at the beginning
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.permutation = (-1, np.arange(0))  # (epoch, its order): made once per epoch
         if self.state is None:
-            self.state = {"epoch": 0, "next": 0, "usable": 0, "skipped": 0,
-                          "records": len(self.records),
+            self.state = {"epoch": 0, "next": 0, "skipped": 0, "records": len(self.records),
                           "fingerprint": getattr(self.records, "fingerprint", "")}
 
     def __next__(self) -> StepRecords:
-        # Take records until one would exceed the budget: it opens the next step.
         part_count = self.world_size * self.accumulate
-        taken: list[tuple[int, EncodedRecord]] = []
+        taken: list[tuple[int, EncodedRecord]] = []  # (number in the run, record)
         tokens = 0
+        lost = 0
         while True:
+            # Take records until one would exceed the budget: it opens the next step.
             number, record = self.next_usable()
-            if len(taken) >= part_count and tokens + len(record.tokens) > self.budget:
-                break
-            taken.append((number, record))
-            tokens += len(record.tokens)
-            self.state["next"] += 1
-            self.state["usable"] += 1
+            if len(taken) < part_count or tokens + len(record.tokens) <= self.budget:
+                taken.append((number, record))
+                tokens += len(record.tokens)
+                self.state["next"] += 1
+                continue
 
-        # Divide them: of W * accumulate shares this rank takes every W-th.
-        shares = balance([len(record.tokens) for _, record in taken], part_count)
+            # Divide them: of W * accumulate shares this rank takes every W-th.
+            costs = [record.cost for _, record in taken]
+            shares = balance(costs, part_count)[self.rank :: self.world_size]
+            own = sum(shares, [])
+            failed = self.decode({item: [taken[item][1]] for item in own})
+            if not failed:
+                break
+
+            # What cannot be decoded makes room for the next records, if there can be any.
+            taken = [taken[item] for item in range(len(taken)) if item not in failed]
+            tokens = sum(len(record.tokens) for _, record in taken)
+            lost += len(failed)
+            if not taken and lost >= len(self.records):
+                raise MocaError(f"no record of the data can be used: {self.skipped} says why")
+
         micro_batches = []
-        for share in shares[self.rank :: self.world_size]:
+        for share in shares:
             micro_batches.append([taken[item] for item in share])
         return StepRecords(micro_batches, tokens, dict(self.state))
 
     def next_usable(self) -> tuple[int, EncodedRecord]:
-        """The next record that can be used, and its number in the run;
-        it is not taken yet."""
-        # If records are skipped, all ranks have to skip the same ones: each looks
-        # into all images now, and not only into its own when they are packed.
-        decode = self.skipped is not None
-        while True:
+        """The next record that can be used, as far as one sees without decoding it, and
+        its number in the run; it is not taken yet."""
+        for _ in range(len(self.records)):  # all of them once
             if self.state["next"] == len(self.records):
-                if not self.state["usable"]:
-                    raise MocaError(f"no record of the data can be used: {self.skipped} says why")
-                self.state |= {"epoch": self.state["epoch"] + 1, "next": 0, "usable": 0}
+                self.state |= {"epoch": self.state["epoch"] + 1, "next": 0}
             epoch = self.state["epoch"]
             place = self.state["next"]
             index = int(self.order(epoch)[place])
             try:
-                record = self.processor.encode(self.records[index], self.max_tokens, decode)
+                record = self.processor.encode(self.records[index], self.max_tokens)
                 return epoch * len(self.records) + place, record
             except MocaError as error:
                 self.skip(error)
                 self.state["next"] += 1
+        raise MocaError(f"no record of the data can be used: {self.skipped} says why")
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of all records in an epoch."""
@@ -186,19 +252,8 @@ class EncodedPair:
     """A pair, with the hard negatives that this step takes of it, and all as tokens."""
 
     pair: Pair
-    query: EncodedRecord
-    positive: EncodedRecord
-    negatives: list[EncodedRecord]
-
-    @property
-    def records(self) -> list[EncodedRecord]:
-        """The query, the positive, and the negatives."""
-        return [self.query, self.positive, *self.negatives]
-
-    @property
-    def tokens(self) -> int:
-        """Of all its records."""
-        return sum(len(record.tokens) for record in self.records)
+    records: list[EncodedRecord]  # the query, the positive, the negatives
+    cost: int  # of all of them
 
 
 @dataclass
@@ -208,22 +263,13 @@ class PairBatch(Sendable):
 
     task: str
     records: list[EncodedRecord]  # this rank's: n queries, n positives, M negatives
+    chunks: list[list[EncodedRecord]]  # the same; on all ranks as many, so some may be empty
     local_index: Tensor  # [n] int64: which of the B pairs are this rank's
     excluded: Tensor  # [n, B + M] bool: candidates that a query is not compared with
     batch: int  # B
-    most_records: int  # on any rank
-    filler: EncodedRecord  # for a rank that has fewer chunks than the others
+    filler: EncodedRecord  # for a chunk without records: another rank needed more chunks
     tokens: int  # of the whole step, over all ranks
     state: dict[str, Any]  # from which the next step is drawn
-
-    def chunks(self, size: int) -> list[list[EncodedRecord]]:
-        """The records in order, in parts of at most `size` (0: in one part). All
-        ranks have equally many parts; a part may be empty."""
-        count = math.ceil(self.most_records / size) if size else 1
-        chunks = []
-        for part in np.array_split(np.arange(len(self.records)), count):
-            chunks.append([self.records[item] for item in part])
-        return chunks
 
 
 @dataclass
@@ -246,18 +292,20 @@ class PairBatches(Steps):
     hard_negatives: int  # at most so many per query
     seed: int
     alpha: float = 1.0
+    chunk: int = 0  # tokens embedded at once; 0: all
     rank: int = 0
     world_size: int = 1
     skipped: Path | None = None
     unusable: Sequence[MocaError] = ()  # what load_tasks found, to be listed with the rest
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, pairs in self.tasks.items():
             if len(pairs) < self.batch:
                 raise MocaError(f"task {name} has {len(pairs)} pairs and a batch takes "
                                 f"{self.batch}: lower --batch, or add pairs")
         pair_count = sum(len(pairs) for pairs in self.tasks.values())
-        self.state = {"step": 0, "usable": 0, "skipped": 0, "records": pair_count,
+        self.state = {"step": 0, "skipped": 0, "records": pair_count,
                       "fingerprint": Joined(self.tasks.values()).fingerprint}
 
         # How many batches each task has in a pass, and how many steps in an epoch.
@@ -290,36 +338,44 @@ class PairBatches(Steps):
             for error in self.unusable:
                 self.skip(error)
 
-        # The pairs of all ranks. A step of which no pair can be used is left out.
+        # The pairs of all ranks, without those that cannot be decoded on theirs. A step of
+        # which no pair can be used is left out.
+        first = self.state["step"]
         pairs: list[EncodedPair] = []
         while not pairs:
+            if self.state["step"] == first + self.steps:
+                raise MocaError(f"no pair of the data can be used: {self.skipped} says why")
             name, pairs = self.draw()
             self.state["step"] += 1
+            own = balance([pair.cost for pair in pairs], self.world_size)[self.rank]
+            failed = self.decode({item: pairs[item].records for item in own})
+            pairs = [pairs[item] for item in range(len(pairs)) if item not in failed]
 
-        # This rank's share: queries, then positives, then all hard negatives.
-        shares = balance([pair.tokens for pair in pairs], self.world_size)
-        local = [pairs[item] for item in shares[self.rank]]
-        queries = [pair.query for pair in local]
-        positives = [pair.positive for pair in local]
-        negatives = []
-        for pair in local:
-            negatives += pair.negatives
+        # The records of each rank: queries, then positives, then all hard negatives.
+        shares = balance([pair.cost for pair in pairs], self.world_size)
+        by_rank: list[list[EncodedRecord]] = []
+        tokens = 0
+        for share in shares:
+            queries = [pairs[item].records[0] for item in share]
+            positives = [pairs[item].records[1] for item in share]
+            by_rank.append(queries + positives)
+            for item in share:
+                by_rank[-1] += pairs[item].records[2:]
+            tokens += sum(len(record.tokens) for record in by_rank[-1])
 
-        # Another rank may have more records, and then more chunks.
-        counts = np.array([len(pair.records) for pair in pairs])
-        most_records = max(int(counts[share].sum()) for share in shares)
+        # Another rank may need more chunks.
+        divided = [cut(records, self.chunk) for records in by_rank]
+        chunks = divided[self.rank]
+        chunks += [[]] * (max(map(len, divided)) - len(chunks))
         return PairBatch(
-            task=name, records=queries + positives + negatives,
+            task=name, records=by_rank[self.rank], chunks=chunks,
             local_index=torch.tensor(shares[self.rank], dtype=torch.int64),
             excluded=excluded_candidates([pair.pair for pair in pairs], shares[self.rank]),
-            batch=len(pairs), most_records=most_records, filler=pairs[0].query,
-            tokens=sum(pair.tokens for pair in pairs), state=dict(self.state))
+            batch=len(pairs), filler=pairs[0].records[0], tokens=tokens, state=dict(self.state))
 
     def draw(self) -> tuple[str, list[EncodedPair]]:
         """The next step's task, and those of its pairs that can be used."""
         epoch, place = divmod(self.state["step"], self.steps)
-        if epoch and not place and not self.state["usable"]:
-            raise MocaError(f"no pair of the data can be used: {self.skipped} says why")
         name, number = self.plan(epoch)[place]
         task_pass = number // self.batches_per_pass[name]
 
@@ -329,9 +385,6 @@ class PairBatches(Steps):
                 pairs.append(self.encode(self.tasks[name][index], task_pass))
             except MocaError as error:
                 self.skip(error)
-
-        # How many pairs of this epoch could be used so far.
-        self.state["usable"] = len(pairs) + (self.state["usable"] if place else 0)
         return name, pairs
 
     def encode(self, pair: Pair, task_pass: int) -> EncodedPair:
@@ -341,12 +394,10 @@ class PairBatches(Steps):
         taken = min(self.hard_negatives, available)
         turns = range(task_pass * taken, (task_pass + 1) * taken)
         chosen = [pair.negatives[turn % available] for turn in turns]
-
-        # All ranks have to skip the same pairs: see TokenBatches.
-        decode = self.skipped is not None
-        query, positive, *negatives = [self.processor.encode(record, self.max_tokens, decode)
-                                       for record in (pair.query, pair.positive, *chosen)]
-        return EncodedPair(replace(pair, negatives=chosen), query, positive, negatives)
+        records = [self.processor.encode(record, self.max_tokens)
+                   for record in (pair.query, pair.positive, *chosen)]
+        cost = sum(record.cost for record in records)
+        return EncodedPair(replace(pair, negatives=chosen), records, cost)
 
 
 def largest_remainder(exact: np.ndarray, total: int) -> list[int]:

@@ -69,6 +69,21 @@ class Config:
     vision: VisionConfig
     raw: dict  # the file's content, from which a saved model's is written
 
+    @property
+    def image_token_cost(self) -> float:
+        """The work on an image token, in text tokens: 1.9 for 3B, 1.4 for 7B.
+
+        Both pass the decoder, and an image token's patches the vision tower before. Work
+        is counted in weights that multiply a token. Attention itself, about 7% of either
+        tower at 1,280 tokens, is left out.
+        """
+        attention = 2 * (self.heads + self.kv_heads) * self.head_width
+        decoder = self.layers * self.width * (attention + 3 * self.mlp_width)
+        seen = self.vision
+        matrices = 3 if seen.act == "silu" else 2  # of an MLP: a SwiGLU has a gate
+        tower = seen.depth * seen.width * (4 * seen.width + matrices * seen.mlp_width)
+        return 1 + seen.merge**2 * tower / decoder
+
     # How the two towers' names begin in the files that we save.
     saved_names = {"language": "model", "visual": "visual"}
 

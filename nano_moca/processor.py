@@ -5,8 +5,8 @@ of its images. On its way to the model it is
 
     encoded   text to token ids, with the pad in a mark repeated once per merged 2x2
               group of the image's patches; and each token's position on three axes
-    packed    beside others into a `Batch`, all end to end; only now are the images
-              decoded, resized and cut into patches
+    decoded   its images resized and cut into patches, on the one rank that takes it
+    packed    beside others into a `Batch`, all end to end
 
 There is no padding, and no batch dimension.
 
@@ -269,14 +269,12 @@ class Processor:
 
     # --- records: from text to tokens and positions -------------------------------
 
-    def encode(self, record: Record, max_tokens: int | None = None,
-               decode: bool = False) -> EncodedRecord:
+    def encode(self, record: Record, max_tokens: int | None = None) -> EncodedRecord:
         """A record as tokens and positions.
 
         max_tokens: the text after the last image is shortened to it; images are never
-        cut, and if all up to the last one is longer, that is an error. decode: look now
-        whether the images can be decoded. A record that cannot be used is a MocaError
-        that names it.
+        cut, and if all up to the last one is longer, that is an error. A record that
+        cannot be used is a MocaError that names it; of an image only the size is read.
         """
         source = record.source
         check_text(record)
@@ -285,7 +283,7 @@ class Processor:
         # an image is a subject of its own.)
         from nano_moca.convert.images import open_image
 
-        grids = [self.grid(open_image(image, source, decode), source) for image in record.images]
+        grids = [self.grid(open_image(image, source), source) for image in record.images]
 
         # Token ids, at first with one pad for each image.
         try:
@@ -319,7 +317,11 @@ class Processor:
                                 f"tokens of {max_tokens}: raise --max-tokens or lower --max-pixels")
             tokens = np.append(tokens[: max_tokens - closing], tokens[len(tokens) - closing :])
         positions = self._positions(tokens, grids)
-        return EncodedRecord(tokens, positions, record.images, grids, source)
+
+        # Work is divided among ranks by it.
+        image_tokens = np.sum(tokens == self.image_token)
+        cost = len(tokens) + int(image_tokens * (self.config.image_token_cost - 1))
+        return EncodedRecord(tokens, positions, record.images, grids, source, cost)
 
     def _positions(self, tokens: np.ndarray, grids: list[Grid]) -> np.ndarray:
         """M-RoPE: each token's position on three axes (frame, row, column), [3, L].
@@ -352,8 +354,17 @@ class Processor:
         spans.append(np.tile(text, (3, 1)))
         return np.concatenate(spans, axis=1)
 
+    def decode(self, encoded: Sequence[EncodedRecord]) -> None:
+        """Decode the images of encoded records. Their patches stay with them until they
+        are packed. MocaError for an image that cannot be decoded."""
+        for item in encoded:
+            if item.patches is None:
+                item.patches = [self.patchify(image, item.source) for image in item.images]
+
     def pack(self, encoded: Sequence[EncodedRecord]) -> Batch:
-        """Lay encoded records end to end, and decode their images."""
+        """Lay encoded records end to end, and decode those that are not decoded yet."""
+        self.decode(encoded)
+
         # Begin with no pixels, but of the right shape: a batch may have no image.
         vision = self.config.vision
         one_frame = vision.patch_values // vision.frames  # 588
@@ -361,8 +372,9 @@ class Processor:
         grids: list[Grid] = []
         for item in encoded:
             grids += item.grids
-            for image in item.images:
-                pixels.append(self.patchify(image, item.source))
+            pixels += item.patches
+        for item in encoded:
+            item.patches = None  # they are in the batch now
 
         # All else is known already.
         blank = (1, vision.merge, vision.merge)

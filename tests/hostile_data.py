@@ -111,7 +111,7 @@ def rows_of(path: str | Path, **how: object) -> list[str]:
     for number in range(len(records)):
         try:
             record = records[number]
-            MOCA.processor.encode(record, 64, True)
+            MOCA.processor.decode([MOCA.processor.encode(record, 64)])
             found.append(record.text)
         except MocaError as error:
             found.append(said(error))
@@ -1032,7 +1032,7 @@ def draw(rows: list) -> tuple[list, list[str]]:
             try:
                 one = task[number]
                 for record in (one.query, one.positive, *one.negatives):
-                    MOCA.processor.encode(record, 64, True)
+                    MOCA.processor.decode([MOCA.processor.encode(record, 64)])
                 pairs.append(one)
             except MocaError as error:
                 reasons.append(said(error))

@@ -3,7 +3,7 @@ gradient cache in the loop of train_cl.py."""
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 import train_cl
 from nano_moca import MARK, Moca, losses
-from nano_moca.batch import Batch, EncodedRecord
-from nano_moca.batches import PairBatch
+from nano_moca.batch import Batch
+from nano_moca.batches import PairBatch, PairBatches
 from nano_moca.flags import parse_flags
 from nano_moca.losses import gather, info_nce
 from nano_moca.model import VLM
+from nano_moca.processor import Processor
 
 B = 7  # pairs
 D = 16
@@ -265,12 +266,15 @@ def one_step(golden: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.Monk
         raise Stopped
 
     def run(sizes: list[int]) -> Step:
-        def chunks(pair_batch: PairBatch, _: int) -> list[list[EncodedRecord]]:
-            step.pairs = pair_batch
+        def packed_steps(batches: PairBatches, processor: Processor) -> Iterator:
+            step.pairs = next(batches)
             ends = np.cumsum(sizes)
-            return [pair_batch.records[end - size : end] for size, end in zip(sizes, ends)]
+            step.pairs.chunks = [step.pairs.records[end - size : end]
+                                 for size, end in zip(sizes, ends)]
+            return real(iter([step.pairs]), processor)
 
-        monkeypatch.setattr(PairBatch, "chunks", chunks)
+        real = train_cl.packed_steps
+        monkeypatch.setattr(train_cl, "packed_steps", packed_steps)
         with pytest.raises(Stopped):
             train_cl.train(parse_flags(train_cl.Flags, words, ""))
         return step

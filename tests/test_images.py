@@ -356,16 +356,17 @@ def test_no_file_stays_open(processor: Processor, tmp_path: Path) -> None:
     free = len(os.listdir("/proc/self/fd")) + 10
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
     try:
-        for decode in (False, True):
-            encoded = processor.encode(record, decode=decode)
-            assert encoded.images == record.images  # as they were given, none decoded
+        encoded = processor.encode(record)
+        assert encoded.images == record.images  # as they were given, none decoded
+        processor.decode([encoded])
         assert len(processor.pack([encoded]).grids) == 40
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_decoded_images_are_not_kept(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking whether images can be decoded holds one of them at a time."""
+    """Of decoded images the patches are kept, until they are packed: a whole picture is in memory
+    once at a time."""
     decoded: dict[int, weakref.ref] = {}
     alive = []
 
@@ -377,8 +378,12 @@ def test_decoded_images_are_not_kept(processor: Processor, monkeypatch: pytest.M
     original = PngImagePlugin.PngImageFile.load
     content = saved(picture(), "PNG")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    encoded = processor.encode(Record(MARK * 6, [content] * 6), decode=True)
+    encoded = processor.encode(Record(MARK * 6, [content] * 6))
+    processor.decode([encoded])
     assert len(alive) >= 6 and max(alive) <= 2 and encoded.images == [content] * 6
+    assert len(encoded.patches) == 6
+    processor.pack([encoded])
+    assert encoded.patches is None
 
 
 # ---- texts

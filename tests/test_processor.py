@@ -372,12 +372,12 @@ def test_random_records(processor: Processor) -> None:
 
 
 def test_length_needs_the_header_only(processor: Processor) -> None:
-    """`encode` does not decode images; asked to, it looks whether they can be."""
+    """`encode` does not decode images; `decode` and `pack` do."""
     contents = as_bytes(picture(84, 56))
     cut = Record(MARK, [contents[: len(contents) // 2]], "line 5")
     assert len(processor.encode(cut).tokens) == 2 + 6
     with pytest.raises(MocaError, match="line 5"):
-        processor.encode(cut, decode=True)
+        processor.decode([processor.encode(cut)])
     refusal(processor, cut)
     with pytest.raises(MocaError, match="line 5"):
         processor.encode(Record(MARK, [contents[:10]], "line 5"))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -398,8 +399,8 @@ def test_disk_full_at_the_model(tmp_path: Path, moca: Moca, full_disk, before: b
 # --- small helpers ------------------------------------------------------------------------------
 
 def test_prefetch() -> None:
-    """Values come in order, made at most one ahead; an exception arrives where its value would
-    have."""
+    """Values come in order, made at most one ahead and none that was not asked for; an exception
+    arrives where its value would have."""
     made = []
 
     def numbers() -> Iterator[int]:
@@ -408,7 +409,11 @@ def test_prefetch() -> None:
             yield number
         raise MocaError("the fourth is broken")
 
-    values = prefetch(numbers())
+    assert list(prefetch(numbers(), 2)) == [0, 1]
+    time.sleep(0.2)  # a third would be made in a thread
+    assert made == [0, 1]
+    made.clear()
+    values = prefetch(numbers(), 5)
     assert not made
     assert next(values) == 0 and len(made) <= 2
     assert [next(values), next(values)] == [1, 2]
