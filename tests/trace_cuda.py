@@ -12,7 +12,7 @@ step it prints
     waits           where the host stood still until the device had done all that it was asked
     copies          to the device, by kind: blocking, unpinned, pinned; and the bytes sent
     collectives     what the ranks sent each other, and the bytes of the largest tensor of each
-    launches        how many kernels the host started
+    launches        how many operations the host put into the device's queue
     memory          the peak, and at the end which line made how much of it
 
 Add about 2 GB to the peak for CUDA's context, NCCL and the allocator. The first step differs:
@@ -20,11 +20,11 @@ AdamW makes its moments. Nothing is saved: the run is stopped after the last ste
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -41,7 +41,7 @@ from PIL import Image
 from fake_cuda import start
 from real_shapes import config_3b
 
-GB = 1e9
+MB, GB = 1e6, 1e9
 WORDS = "red anchor, blue star, nothing, yellow snowman " * 6
 # The README's recipes for 3B; what is said on the command line comes after them, and counts.
 PIXELS = ["--min-pixels", str(256 * 28 * 28), "--max-pixels", str(1024 * 28 * 28)]
@@ -58,7 +58,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=("cpt", "cl"))
-    parser.add_argument("size", choices=("3B", "7B"))
+    parser.add_argument("size", choices=("nano", "3B", "7B"))
     parser.add_argument("--layers", type=int, default=2, help="of each tower; 0: all")
     parser.add_argument("--world", type=int, default=8, help="ranks")
     parser.add_argument("--traced", type=int, default=2, help="steps")
@@ -109,26 +109,30 @@ def write_checkpoint(folder: Path, raw: dict) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def write_data(folder: Path, script: str, share: float) -> None:
-    """data.jsonl: records of stage 1, or pairs of stage 2; this share of them has images."""
+def write_data(folder: Path, options: argparse.Namespace) -> None:
+    """data.jsonl: records of stage 1, or pairs of stage 2; a share of them has images."""
     from nano_moca import MARK
 
+    # Noise: what is worst for a JPEG decoder.
     random = np.random.default_rng(0)
+    high, wide = (84, 112) if options.size == "nano" else (768, 1024)
     for number in range(4):
-        pixels = random.integers(0, 255, (768, 1024, 3), dtype=np.uint8)
+        pixels = random.integers(0, 255, (high, wide, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
 
     lines = []
     for number in range(400):
-        pictured = number % 100 < 100 * share
-        image = {"text": MARK + str(number), "images": [f"{number % 4}.jpg"]}
-        found = image if pictured else {"text": f"{number} {WORDS}"}
-        words = {"text": f"{MARK if pictured else ''}{WORDS}"}
-        if pictured:
-            words["images"] = image["images"]
-        pair = {"task": "traced", "kind": "image-text", "query": {"text": f"{WORDS} {number}"},
-                "positive": found, "negatives": [found, found]}
-        lines.append(json.dumps(words if script == "cpt" else pair) + "\n")
+        # One item in stage 1; in stage 2 a text, and one item that it should find, and two
+        # that it should not.
+        items = [{"text": f"{WORDS} {number} {near}"} for near in range(3)]
+        if number % 100 < 100 * options.images:
+            items = [{"text": MARK + item["text"], "images": [f"{number % 4}.jpg"]}
+                     for item in items]
+        record = items[0]
+        if options.script == "cl":
+            record = {"task": "traced", "kind": "image-text", "query": {"text": f"find {number}"},
+                      "positive": items[0], "negatives": items[1:]}
+        lines.append(json.dumps(record) + "\n")
     (folder / "data.jsonl").write_text("".join(lines))
 
 
@@ -136,19 +140,13 @@ def write_data(folder: Path, script: str, share: float) -> None:
 
 
 class Tracer:
-    """The script's log, that also prints what was noted since the last step."""
+    """Prints what was noted in each step, and ends the run after so many."""
 
     def __init__(self, cuda: Any, launches: list, steps: int) -> None:
         self.cuda = cuda
-        self.launches = launches
+        self.launches = launches  # of Triton kernels
         self.steps = steps
-
-    def write(self, log: Any, line: dict) -> None:
-        """The end of a step."""
-        self.print_notes(line["step"])
-        if line["step"] >= self.steps:
-            raise Done
-        self.begin()
+        self.counts: list[dict[str, int]] = []  # of each step
 
     def begin(self) -> None:
         """A step begins: forget what was before, but what is in memory."""
@@ -160,82 +158,97 @@ class Tracer:
         for kernel in self.launches:
             kernel.count = 0
 
-    def print_notes(self, step: int) -> None:
-        """What was noted in a step."""
+    def end(self, line: dict) -> None:
+        """A step ends, with this line of the log."""
         notes = self.cuda.notes
-        kinds = ("blocking", "unpinned", "pinned")
-        copies = ", ".join(f"{notes.of_kind(kind)} {kind} ({notes.sent[kind] / 1e6:.1f} MB)"
-                           for kind in kinds)
         triton = sum(kernel.count for kernel in self.launches)
-        print(f"step {step}: waits {notes.waits.total()}; copies {copies}; launches "
-              f"{notes.launches.total()} and {triton} of Triton; peak "
-              f"{self.cuda.memory.peak / GB:.2f} GB", flush=True)
-        for (what, line), count in notes.waits.most_common():
-            print(f"    wait  {count:5d}  {what}  {line}")
-        for (kind, line), count in notes.copies.most_common():
-            print(f"    copy  {count:5d}  {kind}  {line}")
-        for name, count in notes.collectives.most_common():
-            print(f"    ranks {count:5d}  {name}  {notes.moved[name] / GB:.2f} GB")
+        copies = []
+        count = {"waits": notes.waits.total(), "launches": notes.launches.total() + triton}
+        for kind in ("blocking", "unpinned", "pinned"):
+            count[kind] = notes.of_kind(kind)
+            copies.append(f"{count[kind]} {kind} ({notes.sent[kind] / MB:.1f} MB)")
+        self.counts.append(count)
+
+        print(f"step {line['step']}: {line['tokens']:,} tokens over all ranks; {count['waits']} waits; "
+              f"copies: {', '.join(copies)}; {count['launches']} launches, {triton} of Triton; "
+              f"peak {self.cuda.memory.peak / GB:.2f} GB", flush=True)
+        for (what, place), number in notes.waits.most_common():
+            print(f"    wait   {number:5d}  {what}  {place}")
+        for (kind, place), number in notes.copies.most_common():
+            print(f"    copy   {number:5d}  {kind}  {place}")
+        for name, number in notes.collectives.most_common():
+            print(f"    ranks  {number:5d}  {name}  {notes.moved[name] / GB:.2f} GB")
+
+        if len(self.counts) == self.steps:
+            raise Done
+        self.begin()
 
 
-def trace(options: argparse.Namespace, words: list[str], folder: Path) -> None:
-    """In the process with the stub: the script's `train`, followed."""
-    from fake_cuda import demands, device
-
-    # Rank 0 of W ranks, of which the others are not there: collectives answer at once.
-    device.pretend()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(options.world), "LOCAL_RANK": "0"}
+def join(world: int) -> None:
+    """Become rank 0 of W, of which the others are not there: collectives answer at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.world)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0",
+                   "LOCAL_WORLD_SIZE": str(world)}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     new_group = dist.new_group
     dist.new_group = lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": "fake"})
 
+
+def follow(cuda: Any, launches: list, options: argparse.Namespace, words: list[str],
+           folder: Path) -> list[dict[str, int]]:
+    """Run the script's `train` on the device; the counts of each step."""
     import train_cl
     import train_cpt
-    from nano_moca import kernels, trainer
+    from nano_moca import trainer
+    from nano_moca.config import BASE
 
-    # The checkpoint and the data.
-    write_checkpoint(folder / "model", config_of(options.size, options.layers))
-    write_data(folder, options.script, options.images)
-
+    # What the recipe of that size says, and then what the command line says.
     script = {"cpt": train_cpt, "cl": train_cl}[options.script]
-    given = ["--model", folder / "model", "--data", folder / "data.jsonl", "--device", "cuda",
-             "--output", folder / "run", "--steps", options.traced + 1, "--save-every", 10**6,
-             "--no-report", "--checkpointing", *PIXELS, *FLAGS[options.script]]
-    if options.script == "cpt":
-        given += ["--accumulate", max(1, 32 // options.world)]
+    model = BASE
+    write_data(folder, options)
+    given: list[Any] = []
+    if options.size != "nano":
+        model = folder / "model"
+        write_checkpoint(model, config_of(options.size, options.layers))
+        given = [*PIXELS, *FLAGS[options.script]]
+        if options.script == "cpt":
+            given += ["--accumulate", max(1, 32 // options.world)]
+    given += ["--model", model, "--data", folder / "data.jsonl", "--output", folder / "run",
+              "--device", "cuda", "--steps", options.traced + 1, "--save-every", 10**6,
+              "--no-report", "--checkpointing"]
     flags = script.parse_flags(script.Flags, [*map(str, given), *words], "")
 
-    cuda = device.FakeCuda()
-    cuda.watch_threads()
-    tracer = Tracer(cuda, demands.stand_in_for_kernels(kernels), options.traced)
-    trainer.Log.write = lambda log, line: tracer.write(log, line)
+    # The plan is printed before the first step, the log written at the end of each.
+    tracer = Tracer(cuda, launches, options.traced)
+    trainer.Log.write = lambda log, line: tracer.end(line)
     plan = script.print_plan
     script.print_plan = lambda *args: (plan(*args), tracer.begin())
-    try:
-        with cuda:
-            script.train(flags)
-    except Done:
-        pass
-
-    print(f"at the peak of the last step, {cuda.memory.peak / GB:.2f} GB:")
-    for line, size in Counter(cuda.memory.at_peak).most_common(20):
-        print(f"    {size / GB:8.2f} GB  {line}")
+    with cuda, contextlib.suppress(Done):
+        script.train(flags)
+    return tracer.counts
 
 
 def main() -> None:
-    """Start again with the stub, or trace."""
+    """Start again with the stub; then trace."""
     options, words = parse(sys.argv[1:])
-    if start.started():
-        trace(options, words, Path.cwd())
-        return
     if why := start.missing():
         sys.exit(f"no make-believe CUDA here: {why}")
-    with tempfile.TemporaryDirectory() as folder:
-        stub = start.compile_stub(Path(folder))
-        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env=start.environment(stub), cwd=folder).returncode)
+    if not start.started():
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(start.run_again(Path(__file__), sys.argv[1:], Path(folder)))
+
+    from fake_cuda import demands, device
+    from nano_moca import kernels
+
+    device.pretend()
+    join(options.world)
+    cuda = device.FakeCuda()
+    cuda.watch_threads()
+    follow(cuda, demands.stand_in_for_kernels(kernels), options, words, Path.cwd())
+    print(f"at the peak of the last step, {cuda.memory.peak / GB:.2f} GB:")
+    for line, size in Counter(cuda.memory.at_peak).most_common(20):
+        print(f"    {size / GB:8.2f} GB  {line}")
 
 
 if __name__ == "__main__":

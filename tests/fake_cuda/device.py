@@ -107,6 +107,10 @@ class FakeCuda(TorchDispatchMode):
         if not set(types) <= ORDINARY:
             return NotImplemented
 
+        # DTensor tries shapes out for itself: nothing runs on the device then.
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return op(*args, **kwargs)
+
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         device = kwargs.get("device")
         if device is None and not any(map(is_cuda, tensors)):

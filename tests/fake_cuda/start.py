@@ -57,9 +57,7 @@ def started() -> bool:
     return STUB in os.environ
 
 
-def start(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess:
-    """Run Python with these words and the stub, which is compiled in `folder`; its output is
-    kept."""
-    stub = compile_stub(folder)
-    return subprocess.run([sys.executable, *words], env=environment(stub), cwd=folder,
-                          capture_output=True, text=True)
+def run_again(program: Path, words: Sequence[str], folder: Path) -> int:
+    """Run a Python program with the stub, which is compiled in `folder`; its exit code."""
+    command = [sys.executable, str(program.resolve()), *words]
+    return subprocess.run(command, env=environment(compile_stub(folder)), cwd=folder).returncode
