@@ -4,7 +4,8 @@
     python tests/cuda_paths.py caption    those whose names hold a word
 
 test_cuda_path.py runs this in a process of its own and judges what it prints. The models have the
-widths, heads and vocabulary of Qwen2.5-VL-3B, which cost nothing here, and two layers a tower.
+widths, heads and vocabulary of Qwen2.5-VL-3B, which cost nothing here, and few layers: two blocks in
+the vision tower, one with windows and one without, and a layer in the decoder.
 """
 
 import contextlib
@@ -50,9 +51,8 @@ RATES = (0.4, 0.5)  # of masked tokens, of masked groups
 
 
 def config_file(family: str) -> dict:
-    """config.json of a model with 3B's shapes, in two layers a tower; of Qwen3-VL, with those of
-    the smallest one."""
-    raw = copy.deepcopy(config_3b()) | {"num_hidden_layers": 2}
+    """config.json of a model with 3B's shapes; of Qwen3-VL, with those of the smallest one."""
+    raw = copy.deepcopy(config_3b()) | {"num_hidden_layers": 1}
     vision = raw["vision_config"] | {"depth": 2, "fullatt_block_indexes": [1]}
     if family == "untied":
         raw["tie_word_embeddings"] = False
@@ -64,7 +64,7 @@ def config_file(family: str) -> dict:
     if family == "qwen3":
         ids = {key: value for key, value in raw.items() if key.endswith("token_id")}
         text = {"model_type": "qwen3_vl_text", "vocab_size": 151936, "hidden_size": 2048,
-                "intermediate_size": 6144, "num_hidden_layers": 2, "num_attention_heads": 16,
+                "intermediate_size": 6144, "num_hidden_layers": 1, "num_attention_heads": 16,
                 "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": {
                     "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
                     "mrope_section": [24, 20, 20]}}
@@ -199,11 +199,11 @@ def caption() -> None:
 
 
 def train(script: str, cuda: device.FakeCuda, launches: list) -> dict[str, int]:
-    """A script's own `train` on the nano base, as rank 0 of 2 under FSDP2; the counts of its second
-    step. (At true shapes, and in words: trace_cuda.py.)"""
+    """A script's own `train` on the nano base, as rank 0 of 2 under FSDP2; the counts of one step.
+    (At true shapes, and in words: trace_cuda.py.)"""
     own = {"cpt": ["--batch-tokens", "600", "--accumulate", "2"],
-           "cl": ["--batch", "4", "--chunk", "2"]}[script]
-    options, words = trace_cuda.parse([script, "nano", "--world", "2", *own])
+           "cl": ["--batch", "4", "--chunk", "3", "--hard-negatives", "1"]}[script]
+    options, words = trace_cuda.parse([script, "nano", "--world", "2", "--traced", "1", *own])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         return trace_cuda.follow(cuda, launches, options, words, Path(folder))[-1]
 
@@ -212,11 +212,10 @@ HALF, FULL = torch.bfloat16, torch.float32
 PATHS: dict[str, Callable[[], None]] = {
     "stage 1": reconstruct,
     "stage 1, causal": lambda: reconstruct(causal=True),
-    "stage 1, float32": lambda: reconstruct(FULL),
     "stage 1, float32 and causal": lambda: reconstruct(FULL, causal=True),
     "stage 1, checkpointing": lambda: reconstruct(checkpointing=True),
     "stage 1, loss without Triton": lambda: reconstruct(triton=False),
-    "stage 1, float32 loss without Triton": lambda: reconstruct(FULL, triton=False),
+    "stage 1, float32 without Triton": lambda: reconstruct(FULL, triton=False),
     "stage 1, no image": lambda: reconstruct(records=TEXTS),
     "stage 1, nothing masked": lambda: reconstruct(rates=(0.0, 0.0)),
     "stage 1, no word masked": lambda: reconstruct(rates=(0.0, 0.5)),
@@ -274,20 +273,16 @@ def heads_with_gaps(original: Callable, query: Tensor, key: Tensor, value: Tenso
     return original(query, key, turned, *rest, **more)
 
 
-def changed(**fields: Callable[[Tensor], Tensor]) -> None:
-    """Stage 1 on a batch of which some tensors are other ones."""
-    masked = masked_batch(BOTH, "2.5", RATES).to(CUDA)
-    for name, change in fields.items():
-        owner = masked if hasattr(masked, name) else masked.batch
-        owner.__dict__[name] = change(getattr(owner, name))
-    mlm, mae = model_of("2.5", HALF)(masked, False, 9, 9)
-    (mlm + mae).backward()
-
-
 def with_attention(change: Callable[..., Tensor]) -> None:
     """Stage 1 with a fault in attention."""
     with attention_of(change):
         reconstruct()
+
+
+def int32_labels() -> None:
+    """Labels in the dtype of offsets."""
+    masked = masked_batch(BOTH, "2.5", RATES).to(CUDA)
+    model_of("2.5", HALF)(replace(masked, labels=masked.labels.int()), False, 9, 9)
 
 
 def half_losses() -> None:
@@ -316,13 +311,91 @@ FAULTS: dict[str, tuple[Callable[[], None], str]] = {  # name: (what is done, wh
     "int64 offsets": (lambda: with_attention(int64_offsets), "offsets of int32"),
     "heads not repeated": (lambda: with_attention(heads_not_repeated), "repeat them"),
     "heads with gaps": (lambda: with_attention(heads_with_gaps), "heads without gaps"),
-    "image index left on the CPU": (lambda: changed(image_index=Tensor.cpu), "left on the CPU"),
-    "tokens left on the CPU": (lambda: changed(tokens=Tensor.cpu), "left on the CPU"),
-    "labels left on the CPU": (lambda: changed(labels=Tensor.cpu), "on the CPU"),
-    "labels of int32": (lambda: changed(labels=Tensor.int), "labels must be int64"),
+    "labels of int32": (int32_labels, "labels must be int64"),
     "loss of float16": (half_losses, "logits is torch.float16"),
     "sum of bfloat16": (rounded_sum, "would refuse"),
     "factors of two dtypes": (mixed_factors, "factors of one dtype"),
+}
+
+
+def each_left_behind(notes: device.Notes) -> None:
+    """Each tensor of a batch, left on the CPU in its turn, is refused; or it is an index, and is
+    counted as a copy."""
+    names = [name for name, value in vars(masked_batch(BOTH, "2.5", RATES)).items()
+             if isinstance(value, Tensor)]
+    own = [name for name, value in vars(masked_batch(BOTH, "2.5", RATES).to(CUDA).batch).items()
+           if isinstance(value, Tensor) and device.is_cuda(value)]
+    assert len(names) >= 4 and len(own) >= 3, "a batch has more tensors than that"
+
+    usual = stops_of(notes, lambda masked: None)
+    for name in names + own:
+        def left_behind(masked: MaskedBatch, name: str = name) -> None:
+            owner = masked if name in names else masked.batch
+            setattr(owner, name, getattr(owner, name).cpu())
+
+        stops = stops_of(notes, left_behind)
+        assert stops is None or stops > usual, f"nobody noticed {name} on the CPU"
+
+
+def stops_of(notes: device.Notes, change: Callable[[MaskedBatch], None]) -> int | None:
+    """How often the host stops in both stages' forward on a changed batch; None: it is refused."""
+    masked = masked_batch(BOTH, "2.5", RATES).to(CUDA)
+    change(masked)
+    notes.clear()
+    model = model_of("2.5", HALF)
+    try:
+        with torch.no_grad():
+            model(masked, False, 9, 9)
+            model.vlm.embed(masked.batch, False, "mean")
+    except (RuntimeError, AssertionError):
+        return None
+    return notes.waits.total() + notes.of_kind("blocking")
+
+
+def index_on_the_host(notes: device.Notes) -> None:
+    """An index on the CPU into a tensor on CUDA is a copy that waits, and so is a list."""
+    hidden = torch.empty(9, 4, device=CUDA)
+    assert hidden[torch.tensor([1, 2])].shape == (2, 4)
+    assert notes.of_kind("blocking") == 1
+    torch.tensor([1, 2], device=CUDA)
+    assert notes.of_kind("blocking") == 2 and not notes.waits
+
+
+def mask_on_the_device(notes: device.Notes) -> None:
+    """A mask in place of an index: how many it selects, only the device knows."""
+    hidden = torch.empty(9, 4, device=CUDA)
+    try:
+        hidden[hidden[:, 0] > 0]
+    except RuntimeError as error:
+        assert "depends on numbers" in str(error)
+    else:
+        raise AssertionError("the mask was not seen")
+
+
+def pinned_or_not(notes: device.Notes) -> None:
+    """Copies are told apart by how they are asked for and by the memory that they come from."""
+    numbers = torch.ones(6)
+    numbers.to(CUDA)
+    numbers.to(CUDA, non_blocking=True)
+    numbers.pin_memory().to(CUDA, non_blocking=True)
+    numbers.pin_memory()[2:].to(CUDA, non_blocking=True)
+    assert [notes.of_kind(kind) for kind in ("blocking", "unpinned", "pinned")] == [1, 1, 2]
+    assert notes.sent["pinned"] == 4 * (6 + 4)
+
+
+def numbers_come_back(notes: device.Notes) -> None:
+    """What the host reads is a wait each time: what it sent, or what is invented."""
+    sent = torch.tensor([3, 5]).to(CUDA, non_blocking=True)
+    assert sent.tolist() == [3, 5] and sent[0].item() == 1 and float(sent.float().sum()) == 1.0
+    assert notes.waits.total() == 3
+
+
+CHECKS: dict[str, Callable[[device.Notes], None]] = {  # that faults and stops are seen at all
+    "each tensor left on the CPU": each_left_behind,
+    "index on the CPU": index_on_the_host,
+    "mask on the device": mask_on_the_device,
+    "copies, pinned or not": pinned_or_not,
+    "numbers that come back": numbers_come_back,
 }
 
 
@@ -335,6 +408,7 @@ def main(word: str) -> None:
     launches = demands.stand_in_for_kernels(kernels)
     cuda = device.FakeCuda()
     todo = PATHS | {name: fault for name, (fault, _) in FAULTS.items()}
+    todo |= {name: functools.partial(check, cuda.notes) for name, check in CHECKS.items()}
     for name, path in todo.items():
         if word in name:
             with cuda:

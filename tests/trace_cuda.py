@@ -211,12 +211,12 @@ def follow(cuda: Any, launches: list, options: argparse.Namespace, words: list[s
     if options.size != "nano":
         model = folder / "model"
         write_checkpoint(model, config_of(options.size, options.layers))
-        given = [*PIXELS, *FLAGS[options.script]]
+        given = [*PIXELS, *FLAGS[options.script], "--checkpointing"]
         if options.script == "cpt":
             given += ["--accumulate", max(1, 32 // options.world)]
     given += ["--model", model, "--data", folder / "data.jsonl", "--output", folder / "run",
               "--device", "cuda", "--steps", options.traced + 1, "--save-every", 10**6,
-              "--no-report", "--checkpointing"]
+              "--no-report"]
     flags = script.parse_flags(script.Flags, [*map(str, given), *words], "")
 
     # The plan is printed before the first step, the log written at the end of each.

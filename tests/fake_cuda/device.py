@@ -142,7 +142,7 @@ class FakeCuda(TorchDispatchMode):
             return self.send(op, args[0], args, kwargs, here)
         if op is aten.copy_.default and not is_cuda(args[1]):
             return self.send(op, args[1], args, kwargs, here)
-        self.check_places(name, tensors, here)
+        self.check_places(name, args, tensors, here)
 
         # A result whose shape depends on numbers.
         if name == "aten::repeat_interleave.Tensor" and kwargs.get("output_size") is None:
@@ -184,15 +184,14 @@ class FakeCuda(TorchDispatchMode):
         self.born(result, here)
         return result
 
-    def check_places(self, name: str, tensors: list[Tensor], here: str) -> None:
+    def check_places(self, name: str, args: tuple, tensors: list[Tensor], here: str) -> None:
         """Tensors on the CPU beside tensors on CUDA."""
-        # A single number is handed to the kernel as an argument.
+        # A single number is handed to the kernel as an argument; an index on the CPU into a
+        # tensor on CUDA is legal, and slow: PyTorch sends it, and waits.
         left = [x for x in tensors if x.device.type == "cpu" and x.dim()]
-        if left and not name.startswith(INDEXING):
+        if left and not (name.startswith(INDEXING) and is_cuda(args[0])):
             raise RuntimeError(f"{here}: {name} takes tensors on CUDA and one of shape "
                                f"{list(left[0].shape)} that was left on the CPU")
-
-        # Legal, and slow: PyTorch sends the index, and waits.
         for index in left:
             self.notes.copies["blocking", here] += 1
             self.notes.sent["blocking"] += index.nbytes
