@@ -1,11 +1,11 @@
 """All that runs on a GPU, once each on make-believe CUDA: forward and, in training, backward.
 
-    python tests/cuda_paths.py            every path, one line each
-    python tests/cuda_paths.py caption    those whose names hold a word
+    python tests/cuda_paths.py                      all, one line of JSON each
+    python tests/cuda_paths.py caption "stage 1"    these
 
 test_cuda_path.py runs this in a process of its own and judges what it prints. The models have the
-widths, heads and vocabulary of Qwen2.5-VL-3B, which cost nothing here, and few layers: two blocks in
-the vision tower, one with windows and one without, and a layer in the decoder.
+widths, heads and vocabulary of Qwen2.5-VL-3B, which cost nothing here, and few layers: two blocks
+in the vision tower, one with windows and one without, and a layer in the decoder.
 """
 
 import contextlib
@@ -198,14 +198,14 @@ def caption() -> None:
     assert len(moca.caption(BOTH[:2], steps=2)) == 2
 
 
-def train(script: str, cuda: device.FakeCuda, launches: list) -> dict[str, int]:
-    """A script's own `train` on the nano base, as rank 0 of 2 under FSDP2; the counts of one step.
-    (At true shapes, and in words: trace_cuda.py.)"""
+def train(script: str, cuda: device.FakeCuda, launches: list) -> None:
+    """One step of a script's own `train` on the nano base, as rank 0 of 2 under FSDP2. (At true
+    shapes, and in words: trace_cuda.py.)"""
     own = {"cpt": ["--batch-tokens", "600", "--accumulate", "2"],
            "cl": ["--batch", "4", "--chunk", "3", "--hard-negatives", "1"]}[script]
     options, words = trace_cuda.parse([script, "nano", "--world", "2", "--traced", "1", *own])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        return trace_cuda.follow(cuda, launches, options, words, Path(folder))[-1]
+        trace_cuda.follow(cuda, launches, options, words, Path(folder))
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -402,27 +402,26 @@ CHECKS: dict[str, Callable[[device.Notes], None]] = {  # that faults and stops a
 # --- the run --------------------------------------------------------------------------
 
 
-def main(word: str) -> None:
-    """Every path, fault and script whose name holds the word; a line of JSON for each."""
-    device.pretend()
+def main(names: list[str]) -> None:
+    """The paths, faults, checks and scripts of these names, or all; a line of JSON for each."""
     launches = demands.stand_in_for_kernels(kernels)
     cuda = device.FakeCuda()
+    device.pretend(cuda)
     todo = PATHS | {name: fault for name, (fault, _) in FAULTS.items()}
     todo |= {name: functools.partial(check, cuda.notes) for name, check in CHECKS.items()}
     for name, path in todo.items():
-        if word in name:
+        if name in names or not names:
             with cuda:
                 error = error_of(path)
             report(name, error, cuda.notes)
 
     # The scripts come last, for they make a group of ranks.
-    scripts = [script for script in SCRIPTS if word in SCRIPTS[script]]
+    scripts = [script for script in SCRIPTS if SCRIPTS[script] in names or not names]
     if scripts:
         trace_cuda.join(2)
         cuda.watch_threads()
     for script in scripts:
-        counts: dict[str, int] = {}
-        error = error_of(lambda: counts.update(train(script, cuda, launches)))
+        error = error_of(functools.partial(train, script, cuda, launches))
         report(SCRIPTS[script], error, cuda.notes)
 
 
@@ -447,11 +446,10 @@ def report(name: str, error: str, notes: device.Notes) -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:] or [""]
     if why := start.missing():
         sys.exit(f"no make-believe CUDA here: {why}")
     if start.started():
-        main(words[0])
+        main(sys.argv[1:])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            sys.exit(start.run_again(Path(__file__), words, Path(folder)))
+            sys.exit(start.run_again(Path(__file__), sys.argv[1:], Path(folder)))

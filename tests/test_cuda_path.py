@@ -34,7 +34,8 @@ STEP = {"train_cpt.py": (7, 50), "train_cl.py": (12, 120)}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+          ) -> dict[str, dict]:
     """What cuda_paths.py prints: by path, its error, and how often the host stopped."""
     if why := start.missing():
         pytest.skip(why)
@@ -45,9 +46,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         if torch.__version__.startswith(TESTED):
             raise
         pytest.skip(str(error))
+
+    # It runs what the tests ask for that were chosen, by path or -k.
+    names: set[str] = set()
+    for item in request.session.items:
+        if item.path == Path(__file__):
+            names.update(item.callspec.params.values())
     program = Path(__file__).with_name("cuda_paths.py")
-    done = subprocess.run([sys.executable, str(program)], env=start.environment(stub), cwd=folder,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(program), *sorted(names)], cwd=folder,
+                          env=start.environment(stub), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["name"]: line for line in lines}

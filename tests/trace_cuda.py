@@ -146,7 +146,7 @@ class Tracer:
         self.cuda = cuda
         self.launches = launches  # of Triton kernels
         self.steps = steps
-        self.counts: list[dict[str, int]] = []  # of each step
+        self.done = 0  # steps
 
     def begin(self) -> None:
         """A step begins: forget what was before, but what is in memory."""
@@ -161,16 +161,12 @@ class Tracer:
     def end(self, line: dict) -> None:
         """A step ends, with this line of the log."""
         notes = self.cuda.notes
+        copies = [f"{notes.of_kind(kind)} {kind} ({notes.sent[kind] / MB:.1f} MB)"
+                  for kind in ("blocking", "unpinned", "pinned")]
         triton = sum(kernel.count for kernel in self.launches)
-        copies = []
-        count = {"waits": notes.waits.total(), "launches": notes.launches.total() + triton}
-        for kind in ("blocking", "unpinned", "pinned"):
-            count[kind] = notes.of_kind(kind)
-            copies.append(f"{count[kind]} {kind} ({notes.sent[kind] / MB:.1f} MB)")
-        self.counts.append(count)
-
-        print(f"step {line['step']}: {line['tokens']:,} tokens over all ranks; {count['waits']} waits; "
-              f"copies: {', '.join(copies)}; {count['launches']} launches, {triton} of Triton; "
+        print(f"step {line['step']}: {line['tokens']:,} tokens over all ranks; "
+              f"{notes.waits.total()} waits; copies: {', '.join(copies)}; "
+              f"{notes.launches.total()} launches and {triton} of Triton; "
               f"peak {self.cuda.memory.peak / GB:.2f} GB", flush=True)
         for (what, place), number in notes.waits.most_common():
             print(f"    wait   {number:5d}  {what}  {place}")
@@ -179,7 +175,8 @@ class Tracer:
         for name, number in notes.collectives.most_common():
             print(f"    ranks  {number:5d}  {name}  {notes.moved[name] / GB:.2f} GB")
 
-        if len(self.counts) == self.steps:
+        self.done += 1
+        if self.done == self.steps:
             raise Done
         self.begin()
 
@@ -196,8 +193,8 @@ def join(world: int) -> None:
 
 
 def follow(cuda: Any, launches: list, options: argparse.Namespace, words: list[str],
-           folder: Path) -> list[dict[str, int]]:
-    """Run the script's `train` on the device; the counts of each step."""
+           folder: Path) -> None:
+    """Run the script's `train` on the device, and print what is noted in each step."""
     import train_cl
     import train_cpt
     from nano_moca import trainer
@@ -226,7 +223,6 @@ def follow(cuda: Any, launches: list, options: argparse.Namespace, words: list[s
     script.print_plan = lambda *args: (plan(*args), tracer.begin())
     with cuda, contextlib.suppress(Done):
         script.train(flags)
-    return tracer.counts
 
 
 def main() -> None:
@@ -241,9 +237,9 @@ def main() -> None:
     from fake_cuda import demands, device
     from nano_moca import kernels
 
-    device.pretend()
-    join(options.world)
     cuda = device.FakeCuda()
+    device.pretend(cuda)
+    join(options.world)
     cuda.watch_threads()
     follow(cuda, demands.stand_in_for_kernels(kernels), options, words, Path.cwd())
     print(f"at the peak of the last step, {cuda.memory.peak / GB:.2f} GB:")

@@ -36,11 +36,10 @@ aten = torch.ops.aten
 SMALL = 65_536  # copies of at most so many elements are remembered, see `FakeCuda.send`
 ORDINARY = {Tensor, torch.nn.Parameter, FakeTensor}  # other kinds unpack themselves, as DTensor
 INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl", "aten::_unsafe_index")
-# What returns a view, and launches no kernel.
-FREE = ("aten::view", "aten::_unsafe_view", "aten::t", "aten::transpose", "aten::permute",
-        "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::split", "aten::slice",
-        "aten::select", "aten::unbind", "aten::detach", "aten::alias", "aten::as_strided",
-        "aten::empty", "aten::lift_fresh", "aten::set_", "aten::_reshape_alias")
+# What returns a view or memory as it is, and so puts no kernel into the queue.
+FREE = set("view _unsafe_view _reshape_alias t transpose permute unsqueeze squeeze expand split "
+           "split_with_sizes slice select unbind detach alias as_strided set_ lift_fresh empty "
+           "empty_like empty_strided new_empty new_empty_strided record_stream is_pinned".split())
 
 
 @dataclass
@@ -72,12 +71,13 @@ class FakeCuda(TorchDispatchMode):
     would refuse, with the line of our code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, other: "FakeCuda | None" = None) -> None:
+        """other: of another thread, on the same device."""
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.notes = Notes()
-        self.memory = Memory()
-        self.lock = threading.RLock()  # a loader's thread may send while the main one computes
+        self.fake = other.fake if other else FakeTensorMode(allow_non_fake_inputs=True)
+        self.notes = other.notes if other else Notes()
+        self.memory = other.memory if other else Memory()
+        self.lock = other.lock if other else threading.RLock()  # one operator after the other
 
     def __enter__(self) -> "FakeCuda":
         # `torch.tensor(numbers, device="cuda")` then makes a tensor on the CPU and sends it,
@@ -90,10 +90,7 @@ class FakeCuda(TorchDispatchMode):
         run = threading.Thread.run
 
         def watched(thread: threading.Thread) -> None:
-            twin = FakeCuda()
-            twin.fake, twin.notes, twin.memory, twin.lock = (
-                self.fake, self.notes, self.memory, self.lock)
-            with twin:
+            with FakeCuda(self):
                 run(thread)
 
         threading.Thread.run = watched
@@ -130,11 +127,13 @@ class FakeCuda(TorchDispatchMode):
         if op is aten._local_scalar_dense.default:
             self.notes.waits["item", here] += 1
             return came_back(args[0]).flatten()[0].item()
-        if op is aten._to_copy.default and torch.device(kwargs.get("device") or "cuda").type == "cpu":
-            self.notes.waits[f"to the host {list(args[0].shape)}", here] += 1
+        target = torch.device(kwargs.get("device") or "cuda").type
+        if op is aten._to_copy.default and target == "cpu":
+            # With non_blocking, PyTorch takes pinned memory for what comes back.
+            self.receive(args[0], bool(kwargs.get("non_blocking")), here)
             return came_back(args[0]).to(kwargs.get("dtype") or args[0].dtype)
         if op is aten.copy_.default and not is_cuda(args[0]):
-            self.notes.waits[f"to the host {list(args[0].shape)}", here] += 1
+            self.receive(args[1], args[2:] == (True,) and args[0].is_pinned(), here)
             return args[0].copy_(came_back(args[1]))
 
         # Numbers that go to the device.
@@ -166,11 +165,17 @@ class FakeCuda(TorchDispatchMode):
         self.born(result, f"{here} in {name}" if in_backward else here)
         return result
 
+    def receive(self, tensor: Tensor, ahead: bool, here: str) -> None:
+        """A copy from the device to the host. ahead: the host goes on before it is there."""
+        if ahead:
+            self.notes.copies["back", here] += 1
+        else:
+            self.notes.waits[f"to the host {list(tensor.shape)}", here] += 1
+
     def send(self, op: Any, source: Tensor, args: tuple, kwargs: dict, here: str) -> Any:
         """A copy from the host to the device."""
-        non_blocking = kwargs.get("non_blocking") or (op is aten.copy_.default and args[2:] == (True,))
         kind = "blocking"
-        if non_blocking:
+        if kwargs.get("non_blocking") or args[2:] == (True,):  # of copy_ it is the third argument
             kind = "pinned" if source.is_pinned() else "unpinned"
         with self.fake:
             result = op(*args, **kwargs)
@@ -201,7 +206,7 @@ class FakeCuda(TorchDispatchMode):
         if name.startswith("c10d"):
             self.notes.collectives[name] += 1
             self.notes.moved[name] += max((x.numel() * x.itemsize for x in tensors), default=0)
-        elif not name.split(".")[0].startswith(FREE):
+        elif name.removeprefix("aten::").split(".")[0] not in FREE:
             self.notes.launches[name] += 1
 
     def born(self, result: Any, here: str) -> None:
@@ -217,9 +222,10 @@ def is_cuda(tensor: Tensor) -> bool:
 
 
 def came_back(tensor: Tensor) -> Tensor:
-    """What the host gets if it asks for the numbers of a CUDA tensor: those that it sent, if
-    nothing was computed since; else invented ones."""
-    return getattr(tensor, "sent", None) if hasattr(tensor, "sent") else invented(tensor)
+    """What the host gets if it asks for the numbers of a CUDA tensor: those that it sent, if it
+    sent them (what has been added to them in place is overlooked); else invented ones."""
+    sent = getattr(tensor, "sent", None)
+    return invented(tensor) if sent is None else sent
 
 
 def invented(tensor: Tensor) -> Tensor:
@@ -247,6 +253,8 @@ def our_line() -> str:
 class Stream:
     """The one stream, and any event in it: everything in it is done."""
 
+    wait_for_all = lambda: None  # what is called where the host waits; `pretend` sets it
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.device = torch.device("cuda", 0)
 
@@ -256,8 +264,9 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def nothing(self, *args: object, **kwargs: object) -> None:
-        """Of what a stream or an event does, there is nothing to do."""
+    def synchronize(self) -> None:
+        """The host waits until the device has come here."""
+        Stream.wait_for_all()
 
     def record_event(self, event: object = None) -> "Stream":
         """An event after all that is in the stream."""
@@ -267,25 +276,33 @@ class Stream:
         """Whether it is done."""
         return True
 
-    wait_stream = wait_event = synchronize = record = wait = nothing
-    is_capturing = lambda self: False
+    def is_capturing(self) -> bool:
+        """No graph is being recorded."""
+        return False
+
+    def nothing(self, *args: object, **kwargs: object) -> None:
+        """Streams that wait for each other cost the host nothing."""
+
+    wait_stream = wait_event = wait = record = nothing
 
 
-def pretend() -> None:
-    """Make torch.cuda say that there is an H100, and torch.compile leave functions as they are
-    (what it compiles is not compiled for a device that is not there)."""
+def pretend(cuda: FakeCuda) -> None:
+    """Make torch.cuda say that there is an H100."""
     stream = Stream()
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
-        "set_device": None, "synchronize": None, "get_device_capability": (9, 0),
-        "get_device_name": "make-believe H100", "is_bf16_supported": True,
-        "current_stream": stream, "default_stream": stream, "empty_cache": None,
-        "stream": contextlib.nullcontext()}
+        "set_device": None, "get_device_capability": (9, 0), "is_bf16_supported": True,
+        "get_device_name": "make-believe H100", "empty_cache": None, "current_stream": stream,
+        "default_stream": stream, "stream": contextlib.nullcontext()}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.cuda.Stream = torch.cuda.Event = Stream
     torch.accelerator.current_stream = lambda *args: stream
-    torch.compile = lambda function=None, **options: function or (lambda given: given)
+
+    def wait_for_all(*args: object) -> None:
+        cuda.notes.waits["synchronize", our_line()] += 1
+
+    Stream.wait_for_all = torch.cuda.synchronize = wait_for_all
 
     # FakeTensors must not look for a real device, and backward has to stay in the thread
     # that is watched.

@@ -48,8 +48,10 @@ def environment(stub: Path) -> dict[str, str]:
     """In which a program finds the stub, the package and the tests."""
     paths = [str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     preload = f"{stub} {os.environ.get('LD_PRELOAD', '')}".strip()
-    return os.environ | {"LD_PRELOAD": preload, STUB: str(stub), "OMP_NUM_THREADS": "1",
-                         "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return os.environ | {
+        "LD_PRELOAD": preload, STUB: str(stub), "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "1",  # functions stay as they are: there is nothing to compile for
+        "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def started() -> bool:
