@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -321,26 +321,32 @@ FAULTS: dict[str, tuple[Callable[[], None], str]] = {  # name: (what is done, wh
 def each_left_behind(notes: device.Notes) -> None:
     """Each tensor of a batch, left on the CPU in its turn, is refused; or it is an index, and is
     counted as a copy."""
-    names = [name for name, value in vars(masked_batch(BOTH, "2.5", RATES)).items()
-             if isinstance(value, Tensor)]
-    own = [name for name, value in vars(masked_batch(BOTH, "2.5", RATES).to(CUDA).batch).items()
-           if isinstance(value, Tensor) and device.is_cuda(value)]
-    assert len(names) >= 4 and len(own) >= 3, "a batch has more tensors than that"
-
-    usual = stops_of(notes, lambda masked: None)
-    for name in names + own:
-        def left_behind(masked: MaskedBatch, name: str = name) -> None:
-            owner = masked if name in names else masked.batch
-            setattr(owner, name, getattr(owner, name).cpu())
-
-        stops = stops_of(notes, left_behind)
-        assert stops is None or stops > usual, f"nobody noticed {name} on the CPU"
+    usual = stops_of(notes, None)
+    places = list(places_of(masked_batch(BOTH, "2.5", RATES).to(CUDA)))
+    assert usual is not None and len(places) >= 6, f"few tensors in a batch: {places}"
+    for place in places:
+        stops = stops_of(notes, place)
+        assert stops is None or stops > usual, f"nobody noticed {'.'.join(place)} on the CPU"
 
 
-def stops_of(notes: device.Notes, change: Callable[[MaskedBatch], None]) -> int | None:
-    """How often the host stops in both stages' forward on a changed batch; None: it is refused."""
+def places_of(item: object, owners: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where in a dataclass, and in those inside it, the tensors on CUDA are."""
+    for entry in fields(item):
+        value = getattr(item, entry.name)
+        if isinstance(value, Tensor) and device.is_cuda(value):
+            yield *owners, entry.name
+        elif is_dataclass(value):
+            yield from places_of(value, (*owners, entry.name))
+
+
+def stops_of(notes: device.Notes, left: tuple[str, ...] | None) -> int | None:
+    """How often the host stops in both stages' forward, with the tensor of that place left on the
+    CPU; None: it is refused."""
     masked = masked_batch(BOTH, "2.5", RATES).to(CUDA)
-    change(masked)
+    if left:
+        *owners, name = left
+        owner = functools.reduce(getattr, owners, masked)
+        setattr(owner, name, getattr(owner, name).cpu())
     notes.clear()
     model = model_of("2.5", HALF)
     try:
