@@ -392,7 +392,7 @@ def pinned_or_not(notes: device.Notes) -> None:
 def numbers_come_back(notes: device.Notes) -> None:
     """What the host reads is a wait each time: what it sent, or what is invented."""
     sent = torch.tensor([3, 5]).to(CUDA, non_blocking=True)
-    assert sent.tolist() == [3, 5] and sent[0].item() == 1 and float(sent.float().sum()) == 1.0
+    assert sent.tolist() == [3, 5] and sent[0].item() == 3 and float(sent.float().sum()) == 1.0
     assert notes.waits.total() == 3
 
 

@@ -36,10 +36,11 @@ aten = torch.ops.aten
 SMALL = 65_536  # copies of at most so many elements are remembered, see `FakeCuda.send`
 ORDINARY = {Tensor, torch.nn.Parameter, FakeTensor}  # other kinds unpack themselves, as DTensor
 INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl", "aten::_unsafe_index")
-# What returns a view or memory as it is, and so puts no kernel into the queue.
-FREE = set("view _unsafe_view _reshape_alias t transpose permute unsqueeze squeeze expand split "
-           "split_with_sizes slice select unbind detach alias as_strided set_ lift_fresh empty "
-           "empty_like empty_strided new_empty new_empty_strided record_stream is_pinned".split())
+# What returns a view, or memory as it is, puts no kernel into the queue.
+VIEWS = set("view _unsafe_view _reshape_alias t transpose permute unsqueeze squeeze expand slice "
+            "select detach alias as_strided".split())
+FREE = VIEWS | set("split split_with_sizes unbind set_ lift_fresh empty empty_like empty_strided "
+                   "new_empty new_empty_strided record_stream is_pinned".split())
 
 
 @dataclass
@@ -159,6 +160,8 @@ class FakeCuda(TorchDispatchMode):
             except RuntimeError as error:
                 raise RuntimeError(f"{here}: {name}: {error}") from error
         self.count(name, tensors)
+        if short_name(name) in VIEWS and hasattr(args[0], "sent"):
+            result.sent = op(args[0].sent, *args[1:], **kwargs)
 
         # All of backward stands on one line; so say which operator.
         in_backward = torch._C._current_graph_task_id() != -1
@@ -206,7 +209,7 @@ class FakeCuda(TorchDispatchMode):
         if name.startswith("c10d"):
             self.notes.collectives[name] += 1
             self.notes.moved[name] += max((x.numel() * x.itemsize for x in tensors), default=0)
-        elif name.removeprefix("aten::").split(".")[0] not in FREE:
+        elif short_name(name) not in FREE:
             self.notes.launches[name] += 1
 
     def born(self, result: Any, here: str) -> None:
@@ -216,14 +219,19 @@ class FakeCuda(TorchDispatchMode):
                 self.memory.see(tensor.untyped_storage(), here)
 
 
+def short_name(name: str) -> str:
+    """An operator's name, whichever arguments it takes: "aten::slice.Tensor" is "slice"."""
+    return name.removeprefix("aten::").partition(".")[0]
+
+
 def is_cuda(tensor: Tensor) -> bool:
     """Whether a tensor is on the make-believe device."""
     return tensor.device.type == "cuda"
 
 
 def came_back(tensor: Tensor) -> Tensor:
-    """What the host gets if it asks for the numbers of a CUDA tensor: those that it sent, if it
-    sent them (what has been added to them in place is overlooked); else invented ones."""
+    """What the host gets if it asks for the numbers of a CUDA tensor: those that it sent, and
+    views of them (what has been added to them in place is overlooked); else invented ones."""
     sent = getattr(tensor, "sent", None)
     return invented(tensor) if sent is None else sent
 
