@@ -33,7 +33,7 @@ from nano_moca.config import BASE, Config
 from nano_moca.families import load_config
 from nano_moca.losses import info_nce
 from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
-from nano_moca.model import VLM, ReconstructionModel
+from nano_moca.model import ReconstructionModel
 from nano_moca.processor import Processor
 from nano_moca.report.stage1 import restore
 from nano_moca.weights import empty_model

@@ -34,7 +34,6 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from PIL import Image
 
