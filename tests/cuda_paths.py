@@ -202,7 +202,7 @@ def train(script: str, cuda: device.FakeCuda, launches: list) -> None:
     """One step of a script's own `train` on the nano base, as rank 0 of 2 under FSDP2. (At true
     shapes, and in words: trace_cuda.py.)"""
     own = {"cpt": ["--batch-tokens", "600", "--accumulate", "2"],
-           "cl": ["--batch", "4", "--chunk", "3", "--hard-negatives", "1"]}[script]
+           "cl": ["--batch", "4", "--chunk", "200", "--hard-negatives", "1"]}[script]
     options, words = trace_cuda.parse([script, "nano", "--world", "2", "--traced", "1", *own])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         trace_cuda.follow(cuda, launches, options, words, Path(folder))

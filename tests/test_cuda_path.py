@@ -25,14 +25,15 @@ TESTED = ("2.13",)
 # How often the host stops on the way, waits and blocking copies together (see fake_cuda/device.py).
 # Exact, so that none comes back: where fewer are found, lower the number.
 STOPS = {
-    **dict.fromkeys((name for name in PATHS if name.startswith("stage 1")), 24),
-    "stage 1, no image": 16, "stage 1, Qwen2-VL": 20, "stage 1, Qwen3-VL": 32,
-    "stage 2": 32, "stage 2, float32": 32, "stage 2, last token": 30, "stage 2, gradient cache": 64,
-    "stage 2, Qwen3-VL": 41, "report": 26, "embed": 20, "embed, last token": 19, "caption": 20}
+    **dict.fromkeys(PATHS, 0),
+    # In float32 the indexes of equal lengths are made and sent when attention asks for them.
+    "stage 1, float32 and causal": 8, "stage 1, float32 without Triton": 8, "stage 2, float32": 10,
+    # What is wanted on the host.
+    "report": 2, "embed": 1, "embed, last token": 1, "caption": 4}
 
-# The same for one step of the scripts, in which the data's lengths have a say: at most so many
-# waits, and blocking copies.
-STEP = {"train_cpt.py": (7, 50), "train_cl.py": (12, 120)}
+# The same for one step of the scripts under FSDP2: at most so many waits (for the counts that
+# stage 1 divides by, and for what the log says), and no blocking copy.
+WAITS = {"train_cpt.py": 2, "train_cl.py": 1}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,9 @@ def test_the_host_stops_as_seldom_as_it_did(found: dict[str, dict], path: str) -
 @pytest.mark.parametrize("script", SCRIPTS.values())
 def test_a_step_of_each_script(found: dict[str, dict], script: str) -> None:
     """The scripts' own loops run under FSDP2, and the host stops seldom."""
-    waits, blocking = STEP[script]
     assert not found[script]["error"]
-    assert found[script]["waits"] <= waits, found[script]["where"]
-    assert found[script]["blocking"] <= blocking, found[script]["where"]
+    assert found[script]["waits"] <= WAITS[script], found[script]["where"]
+    assert not found[script]["blocking"], found[script]["where"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -45,7 +45,7 @@ WORDS = "red anchor, blue star, nothing, yellow snowman " * 6
 # The README's recipes for 3B; what is said on the command line comes after them, and counts.
 PIXELS = ["--min-pixels", str(256 * 28 * 28), "--max-pixels", str(1024 * 28 * 28)]
 FLAGS = {"cpt": ["--batch-tokens", "100000", "--learning-rate", "2e-6"],
-         "cl": ["--batch", "192", "--chunk", "8", "--learning-rate", "2e-5"]}
+         "cl": ["--batch", "192", "--chunk", "8192", "--learning-rate", "2e-5"]}
 
 
 class Done(Exception):
@@ -98,8 +98,9 @@ def write_checkpoint(folder: Path, raw: dict) -> None:
     header = {}
     end = 0
     for name, parameter in weights.empty_model(config).named_parameters():
-        shape = config.vision.kernel if name == weights.KERNEL else tuple(parameter.shape)
-        begin, end = end, end + 2 * parameter.numel()  # bfloat16: two bytes
+        stored = parameter[weights.stored_part(name, config)]  # without padding
+        shape = config.vision.kernel if name == weights.KERNEL else tuple(stored.shape)
+        begin, end = end, end + 2 * stored.numel()  # bfloat16: two bytes
         header[weights.stored_name(name, config)] = {
             "dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
