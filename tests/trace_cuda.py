@@ -216,6 +216,10 @@ def follow(cuda: Any, launches: list, options: argparse.Namespace, words: list[s
               "--no-report"]
     flags = script.parse_flags(script.Flags, [*map(str, given), *words], "")
 
+    # FakeTensors of two threads at once are more than PyTorch takes: a step is drawn when it is
+    # asked for, and counted with it, instead of one ahead.
+    script.prefetch = lambda steps, _: iter(steps)
+
     # The plan is printed before the first step, the log written at the end of each.
     tracer = Tracer(cuda, launches, options.traced)
     trainer.Log.write = lambda log, line: tracer.end(line)
