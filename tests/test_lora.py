@@ -20,8 +20,7 @@ from launching import (
     assert_same_run, figures, read_log, read_weights, wait_for, words, write_data,
 )
 from nano_moca import MARK, Moca, MocaError, Record, losses
-from nano_moca.checkpoint import save_model
-from nano_moca.convert.export import save_weights
+from nano_moca.convert.export import save_model, save_weights
 from nano_moca.distributed import World
 from nano_moca.lora import ALPHA, AdaptedLinear, add_adapters, begin, merge_adapters
 from nano_moca.weights import empty_model, load_weights
