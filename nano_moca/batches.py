@@ -117,12 +117,12 @@ class Steps(Iterator):
         Returns the numbers of those, on all ranks, that cannot be used.
         """
         # Beside each other; what comes out does not depend on which is done first.
-        tasks = {number: self.threads.submit(self.processor.decode, records)
-                 for number, records in own.items()}
+        jobs = {number: self.threads.submit(self.processor.decode, records)
+                for number, records in own.items()}
         failed: dict[int, MocaError] = {}
-        for number, task in tasks.items():
+        for number, job in jobs.items():
             try:
-                task.result()
+                job.result()
             except MocaError as error:
                 failed[number] = error
 

@@ -12,8 +12,8 @@ step; a thread writes the copy (see `save_progress` in trainer.py). A model of 3
 ranks takes 45 GB on the disk: at 100 MB/s, seven minutes.
 
 It is written beside the old one and then renamed, so that a crash at any moment leaves
-one that is complete. log.jsonl grows line by line instead, for a reader; after a
-crash it is written again from the checkpoint, so the two always fit.
+one that is complete. log.jsonl grows line by line instead, for a reader; after a crash it
+is written again from the checkpoint, so the two always fit.
 
 Left out: keeping more than one checkpoint.
 """
