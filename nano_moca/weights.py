@@ -1,8 +1,8 @@
 """Checkpoints in, strictly.
 
 Tensors are called differently by the versions that wrote them, and lie in one file or in
-many: convert/shards.py finds them, and knows the names of all those layouts. AutoModel,
-and so sentence-transformers, saves no output head. A model that shares it with the
+many: convert/shards.py finds them, in every layout that there was. AutoModel, and so
+sentence-transformers, saves no output head. A model that shares it with the
 embedding lacks nothing then; of another one the head is missing.
 
 Every tensor that the model needs must be there exactly once, with its shape, and
@@ -11,7 +11,7 @@ is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
 keeps its part. The vision tower's MLPs get zeros behind them when they are loaded, and
-lose them when they are saved (`stored_part`). We save (convert/export.py) in the first
+lose them when they are saved (`stored_part`). We save (convert/export.py) in the hub's
 layout, which every reader knows; a family that is younger than it in its own
 (`Config.saved_names`).
 

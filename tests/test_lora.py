@@ -166,7 +166,7 @@ def test_no_gradient_for_what_is_frozen(golden: Path, moca: Moca, monkeypatch: p
     model = adapted(golden / "qwen2.5-vl", moca.model.config)
     picture = Record(f"{MARK} one", [golden / "images" / "0-rgb-84x84.png"])
     batch = moca.processor.pack([moca.processor.encode(picture)])
-    assert not model.visual(batch.patches, batch.grids).requires_grad
+    assert not model.visual(batch.patches, batch.layout).requires_grad
     assert model(batch, causal=False).requires_grad
 
     labels, nothing = torch.tensor([3, 5]), torch.zeros(0, 4)
