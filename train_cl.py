@@ -25,7 +25,6 @@ from pathlib import Path
 
 from nano_moca.batch import KINDS, Batch, Pair
 from nano_moca.batches import PairBatch, PairBatches, prefetch
-from nano_moca.checkpoint import save_model
 from nano_moca.config import BASE
 from nano_moca.data import Joined, load_tasks
 from nano_moca.distributed import World, init_distributed, shard
@@ -180,6 +179,10 @@ def train(flags: Flags) -> None:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
     close_run(flags, world, log, loader, data_state, model)
+
+    # The model, as others read it.
+    from nano_moca.convert.export import save_model  # stands beside the road
+
     save_model(output / "model", world, model, processor, {
         "attention": flags.attention, "pooling": pooling, "max_tokens": flags.max_tokens})
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nano_moca.batches import StepRecords, TokenBatches, prefetch
-from nano_moca.checkpoint import save_model
 from nano_moca.data import load_records
 from nano_moca.distributed import World, init_distributed, shard
 from nano_moca.files import MocaError
@@ -137,9 +136,7 @@ def train(flags: Flags) -> None:
         # 4. Clip the gradients; read norm and losses, of the whole step over all ranks; stop if
         #    one is not finite, and name the step's records; set this step's learning rate;
         #    AdamW's step; gradients to zero.
-        sources = []
-        for masked in micro_batches:
-            sources += masked.batch.sources
+        sources = sum((masked.batch.sources for masked in micro_batches), [])
         losses = world.total(mlm_sum, mae_sum)
         (mlm_loss, mae_loss), figures = update(step, losses, flags, model, optimizer, sources)
         step_loss = mlm_loss + flags.mae_weight * mae_loss
@@ -153,6 +150,10 @@ def train(flags: Flags) -> None:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
     close_run(flags, world, log, loader, data_state, vlm)
+
+    # The model, as others read it.
+    from nano_moca.convert.export import save_model  # stands beside the road
+
     save_model(output / "model", world, vlm, processor,
                {"attention": attention, "max_tokens": flags.max_tokens})
 

@@ -27,7 +27,7 @@ then what they stand on:
     batch.py         the shapes of data: Record, Pair, Batch
     batches.py       which records a step takes, and on which rank
     data.py          files to records and pairs
-    weights.py       checkpoints in and out
+    weights.py       a checkpoint's weights into a model
     families.py      which model a checkpoint is
     config.py        a model's sizes
     distributed.py   ranks, and parameters divided among them
@@ -36,11 +36,12 @@ then what they stand on:
 
 and beside the road: evaluate/ (a trained model in use, and its scores), convert/ (files
 as others write and read them), claims.py (what a run may touch), resume.py (going on
-after a break, on any number of ranks), estimate.py (what a run would need, --plan), qwen3/
-(what Qwen3-VL does otherwise: read it after model.py), lora.py (for those who have one GPU:
-small matrices beside frozen weights), report/ (the pictures and scores at the end of a
-run), builtin/ (the data and the base model that come with the code), ablate.py,
-benchmark.py and benchmark_gpu.py.
+after a break, on any number of ranks), skipping.py (records that cannot be used,
+--on-error skip), estimate.py (what a run would need, --plan), qwen3/ (what Qwen3-VL does
+otherwise: read it after model.py), lora.py (for those who have one GPU: small matrices
+beside frozen weights), report/ (the pictures and scores at the end of a run), builtin/
+(the data and the base model that come with the code), ablate.py, benchmark.py and
+benchmark_gpu.py.
 
 Glossary. A shape in a comment, such as [T, D], uses these letters. (Sizes of patches and
 groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 values.)

@@ -15,7 +15,7 @@ wait for it. So all that a forward pass needs is made here, on the host, before;
 travel as the bytes that they are, an eighth of the numbers that the model reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,25 +65,21 @@ class EncodedRecord:
     patches: list[Tensor] | None = field(default=None, init=False)  # from decoded to packed
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on another device. A GPU fetches it by itself from page-locked memory: the
+def send(item: Any, device: torch.device | str) -> Any:
+    """A tensor on another device; or a copy of a dataclass, with all tensors in it and in the
+    dataclasses inside it there. A GPU fetches them by itself from page-locked memory: the
     host goes on meanwhile."""
-    if torch.device(device).type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if isinstance(item, Tensor):
+        if torch.device(device).type == "cuda" and not item.is_cuda:
+            item = item.pin_memory()
+        return item.to(device, non_blocking=True)
 
-
-def change_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a dataclass in which `change` was applied to each tensor, also to those of
-    dataclasses inside it."""
-    changed = {}
+    sent = {}
     for entry in fields(item):
         value = getattr(item, entry.name)
-        if isinstance(value, Tensor):
-            changed[entry.name] = change(value)
-        elif is_dataclass(value):
-            changed[entry.name] = change_tensors(value, change)
-    return replace(item, **changed)
+        if isinstance(value, Tensor) or is_dataclass(value):
+            sent[entry.name] = send(value, device)
+    return replace(item, **sent)
 
 
 class Sendable:
@@ -91,7 +87,7 @@ class Sendable:
 
     def to(self, device: torch.device | str) -> Any:  # of its own class
         """The same on another device."""
-        return change_tensors(self, lambda tensor: send(tensor, device))
+        return send(self, device)
 
 
 @dataclass(frozen=True)

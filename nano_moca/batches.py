@@ -8,8 +8,8 @@ counted and listed.
 
 To draw is to read texts and the sizes of images, on every rank. A rank decodes only the
 images of its own share, once, in threads, while the model computes the step before. So a
-step in work and the next one are in memory, and no more. If records are skipped, the
-ranks tell each other what they could not decode, and all leave it out.
+step in work and the next one are in memory, and no more. If records are skipped, all ranks
+skip the same: see skipping.py.
 
 **Stage 1** (`TokenBatches`): a step takes records up to a budget of tokens.
 
@@ -25,10 +25,7 @@ default sampler, which shuffles across tasks: src/dataset.py:66-93,
 src/trainer.py:10-18.)
 """
 
-import heapq
-import json
 import os
-from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,12 +34,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nano_moca.batch import EncodedRecord, Pair, Record, Sendable
 from nano_moca.data import Joined, record_key
-from nano_moca.files import MocaError, writing
+from nano_moca.files import MocaError
 from nano_moca.processor import Processor
 
 
@@ -63,11 +59,11 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
     to the part that is cheapest so far. Returns the numbers of the items in
     each part, in order."""
     shares: list[list[int]] = [[] for _ in range(parts)]
-    totals = [(0, part) for part in range(parts)]  # a heap: the cheapest comes first
+    totals = [0] * parts
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        total, cheapest = totals[0]
+        cheapest = totals.index(min(totals))
         shares[cheapest].append(item)
-        heapq.heapreplace(totals, (total + costs[item], cheapest))
+        totals[cheapest] += costs[item]
     return [sorted(share) for share in shares]
 
 
@@ -108,9 +104,12 @@ class Steps(Iterator):
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.threads = ThreadPoolExecutor(min(max(1, os.cpu_count() // local_ranks - 1), 8))
 
-        # What ranks tell each other while the model is running goes past its own group.
-        skips = self.skipped and self.world_size > 1
-        self.group = dist.new_group(backend="gloo") if skips else None
+        # With --on-error skip, ranks tell each other what they could not decode.
+        self.skipping = None
+        if self.skipped:
+            from nano_moca.skipping import Skipping  # other runs need none of it
+
+            self.skipping = Skipping(self.skipped, self.world_size)
 
     def decode(self, own: dict[int, list[EncodedRecord]]) -> set[int]:
         """Decode this rank's items of a step: their numbers, and the records of each.
@@ -118,32 +117,28 @@ class Steps(Iterator):
         Returns the numbers of those, on all ranks, that cannot be used.
         """
         # Beside each other; what comes out does not depend on which is done first.
-        tasks = {number: self.threads.submit(self.processor.decode, records)
-                 for number, records in own.items()}
+        jobs = {number: self.threads.submit(self.processor.decode, records)
+                for number, records in own.items()}
         failed: dict[int, MocaError] = {}
-        for number, task in tasks.items():
+        for number, job in jobs.items():
             try:
-                task.result()
+                job.result()
             except MocaError as error:
                 failed[number] = error
 
         # All ranks leave out, count and list the same.
-        if self.group:
-            parts = [{}] * self.world_size
-            dist.all_gather_object(parts, failed, self.group)
-            failed = dict(ChainMap(*parts))
+        if self.skipping:
+            failed = self.skipping.of_all_ranks(failed)
         for number in sorted(failed):
             self.skip(failed[number])
         return set(failed)
 
     def skip(self, error: MocaError) -> None:
         """Count and list what cannot be used, or stop."""
-        if not self.skipped:
+        if not self.skipping:
             raise error
         self.state["skipped"] += 1
-        line = {"count": self.state["skipped"], "reason": str(error)}
-        with writing(self.skipped), open(self.skipped, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.skipping.add(self.state["skipped"], error)
 
 
 # --- stage 1 --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import TextIO
 
-from nano_moca.checkpoint import REPORT
+from nano_moca.convert.export import REPORT
 from nano_moca.convert.sources import split_sources
 from nano_moca.data import load_tasks
 from nano_moca.files import MARKER, MocaError, beside, first_lines, writing

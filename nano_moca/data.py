@@ -16,6 +16,7 @@ In place of a path, "builtin" (with ":" and a split) names the built-in data.
 No file is held in memory. A row is checked when it is asked for: stage 1 starts at
 once, stage 2 after it has read each row's task. Nothing is guessed, and nothing in the
 data is executed. A row that cannot be used is a MocaError that names its file and line.
+How a file becomes rows is in convert/rows.py.
 A path written in the data stays inside the folder of its file; links that lie in that
 folder are the user's own, and followed.
 
@@ -25,75 +26,23 @@ What a step takes of the data is the subject of batches.py.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from nano_moca.batch import KINDS, Pair, Record
-from nano_moca.files import MocaError, reason
+from nano_moca.files import MocaError
 
 BUILTIN = "builtin"
-FILE_KINDS = (".jsonl", ".parquet", ".arrow")
 Row = tuple[object, Path, str]  # (what is written, file's folder, source)
 
 
 # --- rows -------------------------------------------------------------------------
-
-
-@dataclass
-class JsonLines(Sequence):
-    """The rows of a JSON lines file. Where its lines end is kept; each is read and parsed
-    when it is asked for. Blank lines at the file's edges hold nothing."""
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        # Read this way a byte is a character, and lines end as in any text file.
-        with open(self.path, encoding="latin-1", newline="") as file:
-            self.ends = np.fromiter(map(len, file), np.int64).cumsum()
-
-        # "Utf-8-sig": a byte order mark is nothing, too.
-        first, end = 0, len(self.ends)
-        while first < end and not self.line(first).decode("utf-8-sig", "replace").strip():
-            first += 1
-        while first < end and not self.line(end - 1).decode("utf-8-sig", "replace").strip():
-            end -= 1
-        self.numbers = range(first, end)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> Row:
-        number = self.numbers[index]
-        source = f"{self.path}:{number + 1}"
-        try:
-            fields = json.loads(self.line(number), object_pairs_hook=unique)
-        except (OSError, ValueError, RecursionError) as error:
-            raise MocaError(f"{source}: not JSON ({reason(error)}): correct or remove the line"
-                            ) from None
-        return fields, self.path.parent, source
-
-    def line(self, number: int) -> bytes:
-        """A line of the file, counted from 0."""
-        start = self.ends[number - 1] if number else 0
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return file.read(self.ends[number] - start)
-
-
-def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object. ValueError if a key comes twice: one of its values would be lost."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a key comes twice")
-    return fields
 
 
 class Joined(ConcatDataset):
@@ -108,30 +57,6 @@ class Joined(ConcatDataset):
         self.grouped = any(getattr(part, "grouped", False) for part in self.datasets)
 
 
-def open_file(file: Path, columns: Sequence[str] | None) -> Sequence[Row]:
-    """The rows of a file, by its suffix. MocaError if it cannot be read."""
-    from nano_moca.convert.sources import fingerprint
-
-    # What needs an optional package is imported only for its files.
-    kind = file.suffix.lower()
-    try:
-        if kind == ".jsonl":
-            rows = JsonLines(file)
-        else:
-            from nano_moca.convert.tables import ArrowRows, ParquetRows
-
-            rows = (ArrowRows if kind == ".arrow" else ParquetRows)(file, columns)
-        rows.fingerprint = fingerprint(file)
-    except ImportError:
-        raise MocaError(f"{file}: reading it needs pyarrow: pip install pyarrow") from None
-    # Pyarrow's errors are of many kinds, and their messages have several lines.
-    except Exception as error:
-        what = " ".join(reason(error).split())
-        raise MocaError(f"{file} cannot be read ({what}): correct it, or give a file of "
-                        f"{', '.join(FILE_KINDS)}") from None
-    return rows
-
-
 def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | None = None,
               seen: set | None = None) -> Joined:
     """The rows of a .jsonl, .parquet or .arrow file; or of all those in a folder and
@@ -141,7 +66,9 @@ def open_rows(path: str | Path, pattern: str = "*", columns: Sequence[str] | Non
     columns: which of a parquet or Arrow file are read; None: all. seen: files that
     are left out, as they were read before; these are added.
     """
-    from nano_moca.convert.sources import find_files  # what may lie in a folder: much
+    # A folder may hold much else, and files are of three kinds.
+    from nano_moca.convert.rows import FILE_KINDS, open_file
+    from nano_moca.convert.sources import find_files
 
     files = find_files(Path(path), pattern, FILE_KINDS, seen)
     opened = [open_file(file, columns) for file in files]

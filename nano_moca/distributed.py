@@ -8,8 +8,7 @@ backward averages the gradients and leaves each rank the part that it keeps.
 
 The precision policy, in one place: master weights, summed gradients and optimiser
 state are float32; matrix products and activations are in `--dtype` (bfloat16 on CUDA,
-from Ampere on);
-norms, softmax and losses are computed in float32 whatever the dtype.
+from Ampere on); norms, softmax and losses are computed in float32 whatever the dtype.
 
 Left out: tensor and pipeline parallelism.
 """
@@ -100,6 +99,7 @@ def init_distributed(device: str | None, dtype: str | None) -> World:
     # bfloat16 products over float32 weights are FSDP2's work too: a group even if alone.
     if world.sharded and not dist.is_initialized():
         alone = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+
         # Others may have to wait while one rank writes a model to a slow disk.
         dist.init_process_group(
             backend, timeout=timedelta(hours=2), **({} if "RANK" in os.environ else alone))

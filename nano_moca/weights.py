@@ -1,15 +1,9 @@
 """Checkpoints in, strictly.
 
-The names of tensors have changed over the years. These layouts are read, in one file
-model.safetensors or in shards with model.safetensors.index.json:
-
-    transformers up to 4.51, hub  model.layers...          visual...        lm_head.*
-    some from 4.52 on             model.language_model...  model.visual...  lm_head.*
-    saved as AutoModel            language_model...        visual...
-    MoCa's released checkpoints   any, with mae_* tensors or without
-
-AutoModel, and so sentence-transformers, saves no output head. A model that shares it
-with the embedding lacks nothing then; of another one the head is missing.
+Tensors are called differently by the versions that wrote them, and lie in one file or in
+many: convert/shards.py finds them, in every layout that there was. AutoModel, and so
+sentence-transformers, saves no output head. A model that shares it with the
+embedding lacks nothing then; of another one the head is missing.
 
 Every tensor that the model needs must be there exactly once, with its shape, and
 nothing else may be: if a missing key goes unnoticed, the model runs and its output
@@ -17,7 +11,7 @@ is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
 keeps its part. The vision tower's MLPs get zeros behind them when they are loaded, and
-lose them when they are saved (`stored_part`). We save (convert/export.py) in the first
+lose them when they are saved (`stored_part`). We save (convert/export.py) in the hub's
 layout, which every reader knows; a family that is younger than it in its own
 (`Config.saved_names`).
 
@@ -32,18 +26,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download  # arrives with tokenizers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from nano_moca.config import Config
 from nano_moca.distributed import copy_into_shard
 from nano_moca.families import build_model
-from nano_moca.files import MocaError, read_json, reason, regular_file
+from nano_moca.files import MocaError, reason
 from nano_moca.model import VLM
 
-# How a stored name begins, and how ours does; the first that fits counts.
-LAYOUTS = (("model.language_model.", "language."), ("model.visual.", "visual."),
-           ("language_model.", "language."), ("visual.", "visual."), ("model.", "language."))
 EMBEDDING = "language.embed_tokens.weight"
 HEAD = "lm_head.weight"
 KERNEL = "visual.patch_embed.weight"  # a convolution's, and our matrix [E, 1176]
@@ -51,7 +42,6 @@ KERNEL = "visual.patch_embed.weight"  # a convolution's, and our matrix [E, 1176
 PROCESSOR_FILES = ("*.json", "*.jinja", "merges.txt")
 CHECKPOINT_FILES = (*PROCESSOR_FILES, "*.safetensors")
 TRAINED = ("F64", "F32", "F16", "BF16")  # the types that training gives, as files call them
-Header = list[tuple[str, Path, tuple[int, ...], str]]  # stored name, file, shape, type
 Found = dict[str, tuple[Path, str]]  # {our name: (file, stored name)}
 
 
@@ -71,21 +61,8 @@ def find_checkpoint(name: str | Path, patterns: tuple[str, ...] = CHECKPOINT_FIL
         raise MocaError(f"{name} is not a folder, nor on the hub ({reason(error)})") from None
 
 
-def our_name(stored: str) -> str | None:
-    """The name of a stored tensor in `VLM`; None for stage 1's leftovers (mae_*)."""
-    if stored.startswith(("mae_", "model.mae_")):
-        return None
-
-    # The patch embedding is stored as a convolution, and is a matrix here.
-    stored = stored.replace("patch_embed.proj.", "patch_embed.")
-    for theirs, ours in LAYOUTS:
-        if stored.startswith(theirs):
-            return ours + stored.removeprefix(theirs)
-    return stored
-
-
 def stored_name(ours: str, config: Config) -> str:
-    """The other way round, into the layout that we save."""
+    """What one of our tensors is called in the layout that we save."""
     name = ours.replace("patch_embed.", "patch_embed.proj.")
     tower, _, rest = name.partition(".")
     return f"{config.saved_names.get(tower, tower)}.{rest}"
@@ -103,47 +80,6 @@ def stored_part(ours: str, config: Config) -> tuple[slice, ...]:
     return ()
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: model.safetensors, or those that the
-    index names. A folder with both is refused. (transformers reads the first then; but
-    one of the two is the older, and nothing says which.) Other .safetensors are not
-    read, here as there."""
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if not os.path.lexists(index):
-        return [single]
-    promised = read_json(index).get("weight_map")
-    if not isinstance(promised, dict) or not promised:
-        raise MocaError(f"{index} holds no weight_map: copy it again")
-
-    # What is written may not lead out of the folder. A link may: it is the user's own,
-    # and the hub's cache is made of them.
-    shards = sorted(set(map(str, promised.values())))
-    for shard in shards:
-        if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise MocaError(f"{index}: {shard} is outside the folder: use another checkpoint")
-    if single.exists() and single.name not in shards:
-        raise MocaError(f"{folder} holds two sets of weights, {single.name} and what {index.name} "
-                        "names: remove one of them")
-    return [folder / shard for shard in shards]
-
-
-def read_header(folder: Path) -> Header:
-    """Name, file, shape and type of each stored tensor; MocaError for what is absent
-    or broken."""
-    header: Header = []
-    for file in find_shards(folder):
-        # This reads names and shapes, and no weights.
-        try:
-            with safe_open(regular_file(file), "pt") as tensors:
-                for name in tensors.keys():
-                    part = tensors.get_slice(name)
-                    header.append((name, file, tuple(part.get_shape()), part.get_dtype()))
-        except (SafetensorError, OSError, MemoryError) as error:
-            raise MocaError(f"{file} is absent or damaged ({error}): copy it again") from None
-    return header
-
-
 def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
     """Where each parameter is stored, and a tied head too if it is. Only the files'
     headers are read, and the model may be on the meta device: so it can be asked before
@@ -152,6 +88,8 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
     allow_extra: read over tensors that the model has no place for. MocaError lists
     what does not fit.
     """
+    from nano_moca.convert.shards import our_name, read_header  # each layout that there was
+
     # The files hold the vocabulary as it was before it grew for a mask token. A tied
     # head may be stored too: load_weights compares it with the embedding.
     needed: dict[str, tuple[int, ...]] = {}

@@ -35,7 +35,7 @@ from PIL import Image
 import nano_moca
 from nano_moca import MARK, Moca, MocaError, Record, ablate, benchmark
 from nano_moca.batch import Pair
-from nano_moca.checkpoint import save_model
+from nano_moca.convert.export import save_model
 from nano_moca.distributed import World
 from nano_moca.evaluate import vectors
 from nano_moca.evaluate.command import main

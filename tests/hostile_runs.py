@@ -32,7 +32,7 @@ import torch
 import train_cl
 import train_cpt
 from nano_moca import MocaError, files as files_module
-from nano_moca.checkpoint import REPORT
+from nano_moca.convert.export import REPORT
 from nano_moca.distributed import World
 from nano_moca.files import MARKER, fresh_folder, put_text, replace_folder, write_json
 from nano_moca.flags import CommonFlags, parse_flags

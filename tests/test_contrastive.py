@@ -23,7 +23,6 @@ from nano_moca.batches import PairBatch, PairBatches
 from nano_moca.flags import parse_flags
 from nano_moca.losses import gather, info_nce
 from nano_moca.model import VLM
-from nano_moca.processor import Processor
 
 B = 7  # pairs
 D = 16
@@ -266,12 +265,12 @@ def one_step(golden: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.Monk
         raise Stopped
 
     def run(sizes: list[int]) -> Step:
-        def packed_steps(batches: PairBatches, processor: Processor) -> Iterator:
+        def packed_steps(batches: PairBatches, *others: object) -> Iterator:
             step.pairs = next(batches)
             ends = np.cumsum(sizes)
             step.pairs.chunks = [step.pairs.records[end - size : end]
                                  for size, end in zip(sizes, ends)]
-            return real(iter([step.pairs]), processor)
+            return real(iter([step.pairs]), *others)
 
         real = train_cl.packed_steps
         monkeypatch.setattr(train_cl, "packed_steps", packed_steps)

@@ -12,7 +12,8 @@ import pytest
 
 from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.batches import StepRecords, TokenBatches, balance
-from nano_moca.data import JsonLines, load_records, load_tasks, make_record, open_rows
+from nano_moca.convert.rows import JsonLines
+from nano_moca.data import load_records, load_tasks, make_record, open_rows
 
 LINES = [
     {"text": "words alone", "images": []},

@@ -15,10 +15,10 @@ from PIL import Image
 
 import nano_moca
 from nano_moca import MARK, Moca, MocaError
-from nano_moca.checkpoint import save_model
 from nano_moca.config import BASE
-from nano_moca.families import load_config
+from nano_moca.convert.export import save_model
 from nano_moca.distributed import World
+from nano_moca.families import load_config
 from nano_moca.processor import MASK, Processor
 
 ONE = World(0, 1, torch.device("cpu"), torch.float32)

@@ -13,10 +13,11 @@ from nano_moca import MARK, Moca, MocaError, Record, attention, model
 from nano_moca.attention import Segments, reference_attention
 from nano_moca.config import BASE
 from nano_moca.distributed import choose_dtype, init_distributed
+from nano_moca.convert.export import save_weights
+from nano_moca.convert.shards import read_header
 from nano_moca.evaluate import embedder
 from nano_moca.families import load_config
-from nano_moca.convert.export import save_weights
-from nano_moca.weights import load_weights, read_header, read_tensor
+from nano_moca.weights import load_weights, read_tensor
 
 FUSED = ("rms_norm", "silu_gate", "rotate")
 OLD, NEW = (7, 5), (8, 0)  # compute capabilities of a T4 and an A100

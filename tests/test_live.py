@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import nano_moca
 from nano_moca import MARK, Moca, Record
-from nano_moca.checkpoint import save_model
 from nano_moca.convert import export
+from nano_moca.convert.export import save_model
 from nano_moca.distributed import World
 from nano_moca.families import load_config
 from nano_moca.processor import Processor, smart_resize

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import nano_moca
 from nano_moca import MARK, Moca, Record, weights
-from nano_moca.checkpoint import save_model
+from nano_moca.convert.export import save_model
 from nano_moca.config import BASE
 from nano_moca.convert import export
 from nano_moca.distributed import World

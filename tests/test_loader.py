@@ -12,19 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import train_cl
 import train_cpt
-from nano_moca import MARK, Moca, MocaError, Record, batches
+from nano_moca import MARK, Moca, MocaError, Record
 from nano_moca.batch import Pair
 from nano_moca.batches import PairBatches, TokenBatches, balance, cut, prefetch
 from nano_moca.config import BASE, Config
 from nano_moca.convert.configs import parse_config
 from nano_moca.data import load_records, load_tasks
+from nano_moca.distributed import World
 from nano_moca.processor import Processor
 from nano_moca.weights import empty_model
 
+CPU = World(0, 1, torch.device("cpu"), torch.float32)  # steps are sent there
 TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
          "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
 DECODERS = {
@@ -196,7 +199,7 @@ def test_ranks_have_equally_many_chunks(moca: Moca, world: int, chunk: int) -> N
                  [Record("no")] * int(random.integers(0, 3))) for _ in range(30)]
     ranks = [PairBatches({"a": task}, moca.processor, 4, 64, 2, 0, chunk=chunk, rank=rank,
                          world_size=world) for rank in range(world)]
-    loaders = [train_cl.packed_steps(rank, moca.processor) for rank in ranks]
+    loaders = [train_cl.packed_steps(rank, moca.processor, CPU) for rank in ranks]
     for _ in range(5):
         steps = [next(loader) for loader in loaders]
         assert len({len(packed) for _, packed in steps}) == 1
@@ -237,7 +240,7 @@ def test_an_image_is_decoded_once(moca: Moca, mixed: Path, decoded: Counter, wor
              for rank in range(world)]
     assert len(decoded) == 8 and {*decoded.values()} == {1}
     for step in steps:
-        for _, packed in train_cpt.masked_steps(iter([step]), moca.processor, flags):
+        for _, packed in train_cpt.masked_steps(iter([step]), moca.processor, flags, CPU):
             assert len(packed) == accumulate
         assert all(record.patches is None for part in step.micro_batches for _, record in part)
     assert {*decoded.values()} == {1}
@@ -270,7 +273,7 @@ def test_the_number_of_threads_changes_nothing(moca: Moca, mixed: Path) -> None:
     for threads in (1, 8):
         drawn = TokenBatches(load_records(str(mixed), 0), moca.processor, 300, 1280, 0)
         drawn.threads = ThreadPoolExecutor(threads)
-        runs.append(train_cpt.masked_steps(drawn, moca.processor, flags))
+        runs.append(train_cpt.masked_steps(drawn, moca.processor, flags, CPU))
     for _ in range(5):
         (one, (ours,)), (eight, (theirs,)) = map(next, runs)
         assert one.state == eight.state and ours.batch.sources == theirs.batch.sources
@@ -327,8 +330,8 @@ class Ranks:
         self.barrier = threading.Barrier(2)
         self.parts: dict[int, object] = {}
         self.number = threading.local()
-        monkeypatch.setattr(batches.dist, "new_group", lambda backend: backend)
-        monkeypatch.setattr(batches.dist, "all_gather_object", self.gather)
+        monkeypatch.setattr(dist, "new_group", lambda backend: backend)
+        monkeypatch.setattr(dist, "all_gather_object", self.gather)
 
     def gather(self, parts: list, part: object, group: str) -> None:
         """As torch.distributed does it."""
@@ -396,7 +399,7 @@ def test_ranks_skip_the_same_pairs(moca: Moca, broken: Path, tmp_path: Path, dec
     def draw(rank: int, world: int) -> list:
         drawn = PairBatches(load_tasks(str(data), 0), moca.processor, 6, 64, 2, 0, rank=rank,
                             world_size=world, skipped=tmp_path / f"{rank} of {world}")
-        loader = train_cl.packed_steps(drawn, moca.processor)
+        loader = train_cl.packed_steps(drawn, moca.processor, CPU)
         return [next(loader) for _ in range(4)]
 
     alone = draw(0, 1)

@@ -20,8 +20,7 @@ from launching import (
     assert_same_run, figures, read_log, read_weights, wait_for, words, write_data,
 )
 from nano_moca import MARK, Moca, MocaError, Record, losses
-from nano_moca.checkpoint import save_model
-from nano_moca.convert.export import save_weights
+from nano_moca.convert.export import save_model, save_weights
 from nano_moca.distributed import World
 from nano_moca.lora import ALPHA, AdaptedLinear, add_adapters, begin, merge_adapters
 from nano_moca.weights import empty_model, load_weights
@@ -167,7 +166,7 @@ def test_no_gradient_for_what_is_frozen(golden: Path, moca: Moca, monkeypatch: p
     model = adapted(golden / "qwen2.5-vl", moca.model.config)
     picture = Record(f"{MARK} one", [golden / "images" / "0-rgb-84x84.png"])
     batch = moca.processor.pack([moca.processor.encode(picture)])
-    assert not model.visual(batch.patches, batch.grids).requires_grad
+    assert not model.visual(batch.patches, batch.layout).requires_grad
     assert model(batch, causal=False).requires_grad
 
     labels, nothing = torch.tensor([3, 5]), torch.zeros(0, 4)

@@ -112,7 +112,7 @@ def test_training_needs_nothing_beside_the_road(script: str, mixed: Path, tmp_pa
     assert "nano_moca.model" in loaded
     beside = {name for name in loaded if is_beside(module_file(name))}
     assert {name.removeprefix("nano_moca.").partition(".")[0] for name in beside} == {
-        "convert", "plan"}
+        "convert", "claims"}
 
 
 JUMPS = """

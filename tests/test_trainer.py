@@ -18,7 +18,8 @@ from torch import nn
 
 from nano_moca import Moca, MocaError
 from nano_moca.batches import prefetch
-from nano_moca.checkpoint import digest, save_model, snapshot, write_checkpoint
+from nano_moca.checkpoint import digest, snapshot, write_checkpoint
+from nano_moca.convert.export import save_model
 from nano_moca.distributed import World, init_distributed
 from nano_moca.files import find_folder, fresh_folder, replace_folder
 from nano_moca.flags import CommonFlags, flag, parse_flags

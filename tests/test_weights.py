@@ -12,10 +12,10 @@ from torch import Tensor
 
 import nano_moca
 from nano_moca import Moca, MocaError, Record, weights
-from nano_moca.checkpoint import save_model
 from nano_moca.config import grow_vocabulary
 from nano_moca.convert import export
 from nano_moca.convert.configs import parse_config
+from nano_moca.convert.export import save_model
 from nano_moca.distributed import World
 from nano_moca.families import load_config
 from nano_moca.files import MARKER

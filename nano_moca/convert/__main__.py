@@ -30,8 +30,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from nano_moca.batch import KINDS, MARK
+from nano_moca.convert.rows import open_file
 from nano_moca.convert.sources import PICTURES, find_files, split_sources
-from nano_moca.data import find_image, open_file
+from nano_moca.data import find_image
 from nano_moca.files import (
     MocaError, beside, fresh_folder, one_line, read_json, reason, regular_file, replace_folder,
     writing)

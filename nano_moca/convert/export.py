@@ -1,7 +1,12 @@
 """A saved model: its weights, and what it says of itself to other tools.
 
-If it said nothing, they would open a bidirectional model as a causal one, and compute
-other vectors. So beside the weights, in files of 5 GB with an index, lie
+A model whose config.json says bfloat16 is saved in it, though it was trained in float32:
+2^-9 of a weight is rounded away, and with a learning rate of 2e-6 that is what thousands
+of steps may move it. So stage 2 begins from rounded weights. A "dtype" of float32 in the
+config.json of the model that stage 1 starts from keeps all, in twice the bytes.
+
+If a model said nothing of itself, other tools would open a bidirectional one as a causal
+one, and compute other vectors. So beside the weights, in files of 5 GB with an index, lie
 
     config.json          nested, as transformers from 4.52 on reads it: text_config says
                          `is_causal`, which from 5.4 on it obeys
@@ -25,7 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from nano_moca.batch import MARK
 from nano_moca.config import Config
-from nano_moca.files import read_json, write_json, writing
+from nano_moca.distributed import World
+from nano_moca.files import (fresh_folder, one_line, read_json, replace_folder, write_json,
+                             writing)
+from nano_moca.model import VLM
 from nano_moca.processor import MASK, Processor
 from nano_moca.weights import KERNEL, stored_dtype, stored_name, stored_part
 
@@ -38,6 +46,8 @@ TOP = ("architectures", "model_type", "vision_config", "nano_moca", "tie_word_em
 CARRIED = ("generation_config.json", "chat_template.json", "chat_template.jinja", "vocab.json",
            "merges.txt", "special_tokens_map.json", "added_tokens.json",
            "video_preprocessor_config.json")
+# What a report of a run writes beside its model.
+REPORT = ("scores.json", "loss.png", "reconstruction.png", "retrieval.png", "similarity.png")
 
 # The text that sentence-transformers makes of an item with an image: the parts as they
 # are, in their order, and nothing else (the checkpoint's own template writes a dialogue).
@@ -48,6 +58,32 @@ TEMPLATE = ("{% for message in messages %}{% if message.content is string %}{{ m
 STEPS = (("", "sentence_transformers.base.modules.transformer.Transformer"),
          ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
          ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"))
+
+
+def save_model(folder: Path, world: World, vlm: VLM, processor: Processor,
+               trained_with: dict | None = None) -> None:
+    """Write the folder that transformers and `nano_moca.load` read, with weights in the
+    dtype of the original checkpoint.
+
+    trained_with: {"attention": ..., "pooling": ..., "max_tokens": ...}, which
+    `nano_moca.load` takes as its defaults; stage 1 has no pooling.
+    """
+    # All ranks gather the tensors, the main rank writes them: beside the old model, and
+    # renamed when all is complete.
+    fresh = fresh_folder(folder) if world.main else None
+    tensors = {name: parameter.detach() for name, parameter in vlm.named_weights()}
+    save_weights(fresh, tensors, vlm.config, trained_with)
+    if world.main:
+        with writing(folder):
+            processor.save(fresh)
+            write_companions(fresh, processor)
+
+            # A report on the old model would be taken for one on this one.
+            for name in REPORT:
+                (folder.parent / name).unlink(missing_ok=True)
+            replace_folder(folder)
+        print(f"{one_line(folder)}: the model is saved", flush=True)
+    world.wait()
 
 
 def save_weights(folder: Path | None, tensors: dict[str, Tensor], config: Config,

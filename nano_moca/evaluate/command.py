@@ -37,8 +37,9 @@ import numpy as np
 
 from nano_moca.batch import MARK
 from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
+from nano_moca.convert.rows import FILE_KINDS
 from nano_moca.convert.sources import find_files
-from nano_moca.data import FILE_KINDS, make_record, open_rows
+from nano_moca.data import make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
 from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
 from nano_moca.files import MocaError, beside, one_line, regular_file, write_json, writing

@@ -1,0 +1,43 @@
+"""Records that cannot be used are left out and listed (`--on-error skip`).
+
+A rank decodes only its own share of a step, so it alone sees that a picture of its share
+is cut short. But all ranks have to draw the same records, now and after a break. So they
+tell each other what they could not decode, and all leave it out, count it and list it.
+
+They do so in the thread that draws ahead, while the model computes and sends messages of
+its own. Hence a second group of the same ranks, on the CPU (gloo): in one group, two
+threads would mix their messages.
+"""
+
+import json
+from collections import ChainMap
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nano_moca.files import MocaError, writing
+
+
+class Skipping:
+    """What was skipped, one line each: {"count": from 1, "reason"}."""
+
+    def __init__(self, path: Path, ranks: int) -> None:
+        """path: of the list; each rank has one. ranks: W. All of them come here."""
+        self.path = path
+        self.ranks = ranks
+        self.group = dist.new_group(backend="gloo") if ranks > 1 else None
+
+    def of_all_ranks(self, failed: dict[int, MocaError]) -> dict[int, MocaError]:
+        """What any rank could not decode, from what this one could not: {item: error}. The
+        items of a step are numbered alike on all ranks."""
+        parts = [failed]
+        if self.group:
+            parts = [{}] * self.ranks
+            dist.all_gather_object(parts, failed, self.group)
+        return dict(ChainMap(*parts))
+
+    def add(self, count: int, error: MocaError) -> None:
+        """List one more. count: with it."""
+        line = {"count": count, "reason": str(error)}
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
