@@ -34,8 +34,7 @@ from nano_moca.config import BASE, Config
 from nano_moca.distributed import World, init_distributed, local_part, shard
 from nano_moca.estimate import Ledger, dry_run
 from nano_moca.families import load_config
-from nano_moca.losses import (info_nce, masked_reconstruction_loss,
-                              plain_masked_reconstruction_loss)
+from nano_moca.losses import info_nce, masked_reconstruction_loss, plain_masked_reconstruction_loss
 from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import ReconstructionModel, rms_norm, rotate, silu_gate
 from nano_moca.processor import Processor
@@ -179,8 +178,11 @@ def print_losses(world: World, config: Config, R: int) -> None:
 
     def figures(loss: Callable) -> str:
         """Time and memory of a loss and its gradients."""
-        inputs = (hidden, head)
-        seconds, memory = measured(lambda: lambda: torch.autograd.grad(loss(*inputs, labels), inputs))
+        def run() -> object:
+            """Forward and backward."""
+            return torch.autograd.grad(loss(hidden, head, labels), (hidden, head))
+
+        seconds, memory = measured(lambda: run)
         return f"{1e3 * seconds:10.1f}{memory:10.1f}"
 
     print(f"\n{f'loss of {R:,} tokens':42s}{'ms':>10s}{'GB':>10s}")

@@ -27,15 +27,19 @@ bfloat16) it finds that forward keeps, in bytes:
                             q, k (turned), v, attention's result           9,280
                             gate, up, silu(gate) * up                     66,048
 
-72 % of a layer's memory is its MLP's. (43,000 bytes more would be kept if the functions that
-model.py fuses on CUDA kept what is between their lines: `Fused`.) All of it is what checkpointing drops, but for
-one layer at a time. The same run gives the time: of matrix products their arithmetic, of
-all else the memory traffic, at the rates that `CARDS` assumes (a *roofline*: a limit, if
-nothing waits).
+72 % of a layer's memory is its MLP's. (It would be 43,000 bytes more without the functions
+that model.py fuses on CUDA, which keep their inputs only: see `Fused`.) All of it is what
+checkpointing drops, but for one layer at a time. The same run gives the time: of matrix
+products their arithmetic, of all else the memory traffic, at the rates that `CARDS`
+assumes (a *roofline*: a limit, if nothing waits, and what ranks send each other is hidden
+behind what they compute, as with NVLink).
 
 The micro-batch is of the costliest kind: records of the largest image (--max-pixels, else
-MoCa's 1,024 tokens) and a few words. CUDA, NCCL and gaps of the allocator take memory that
-this cannot see: an allowance stands for it (`RESERVE`). Left out: the host, loading data.
+MoCa's 1,024 tokens) and a few words. What is printed, by kind: *gathered* are the complete
+weights of the root and of two blocks, and gradients while they are added up; *batches* those
+of this step and the next; *logits* a chunk of them, and the head's gradient; *backward* what
+comes and goes there; *reserve* an allowance for what this cannot see: CUDA, NCCL, and gaps
+of the allocator. Left out: the host, and loading data.
 """
 
 import math
@@ -56,7 +60,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nano_moca import attention as attention_module, kernels, model as layers
+from nano_moca import attention, kernels
+from nano_moca import model as layers
 from nano_moca.attention import Segments, varlen_attention
 from nano_moca.batch import MARK, Batch, Record
 from nano_moca.config import BASE, Config
@@ -174,8 +179,8 @@ def pretending(device: str, ledger: Ledger) -> Iterator[None]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(query, key, value, 0.0, is_causal)[0]
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
-                  causal: bool) -> Tensor:
+    def counted(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+                causal: bool) -> Tensor:
         # A query meets each key of its sequence twice, in a score and in a weighted sum; and
         # four times in backward, beside the scores, which are computed again.
         out = varlen_attention(query, key, value, segments, causal)
@@ -192,7 +197,7 @@ def pretending(device: str, ledger: Ledger) -> Iterator[None]:
     with (patch.object(Tensor, "is_cuda", device == "cuda", create=True),
           patch.object(kernels, "TRITON_AVAILABLE", False),
           patch.multiple(layers, TRITON_AVAILABLE=False, **fused),
-          patch.object(attention_module, "varlen_attention", attention),
+          patch.object(attention, "varlen_attention", counted),
           patch.object(F, "scaled_dot_product_attention", flash),
           patch.object(torch, "autocast", lambda *_, **__: nullcontext()), ledger):
         yield
@@ -217,16 +222,21 @@ def follow_shards(model: nn.Module, blocks: list[nn.Module], ledger: Ledger, ran
                 part = 4 * parameter.numel() / ranks
                 ledger.hold("gradients", ledger.held["gradients"] + part)
 
-    def enter(block: nn.Module, *_: object) -> None:
+    def enter(block: nn.Module) -> None:
         # It and the next block are complete; so is the gradient of the one before, which
         # is sent in float32.
         reduced = size(trained(block)) + 4 * count(trained(block))
         ledger.hold("gathered", root + 2 * size(block.parameters()) + reduced)
 
+    def watch(block: nn.Module, _: tuple, output: Tensor) -> None:
+        # Backward enters a block when the gradient of its output is there.
+        if output.requires_grad:
+            output.register_hook(lambda _: enter(block))
+
     for parameter in trained(model):
         parameter.register_post_accumulate_grad_hook(arrived)
     for block in blocks:
-        block.register_full_backward_pre_hook(enter)
+        block.register_forward_hook(watch)
         ledger.hold("gathered", root + 2 * size(block.parameters()))  # in forward
 
 

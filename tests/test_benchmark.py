@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_moca import Moca
-from nano_moca import benchmark_gpu
+from nano_moca import Moca, benchmark_gpu
 from nano_moca.benchmark import BATCHES, Flags, benchmark, main, make_mixes
 from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import mask_batch

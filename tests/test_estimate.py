@@ -16,8 +16,8 @@ import train_cpt
 from nano_moca import estimate as estimate_module
 from nano_moca.attention import Segments
 from nano_moca.batch import MARK
-from nano_moca.config import BASE
 from nano_moca.benchmark import make_wide
+from nano_moca.config import BASE
 from nano_moca.estimate import GB, Ledger, estimate, pretending, print_estimate
 from nano_moca.families import load_config
 from nano_moca.flags import CommonFlags, parse_flags
@@ -122,8 +122,8 @@ def test_against_a_trace(size: str, ranks: int, traced: float, flags: dict, tmp_
 
 
 def test_what_is_fused_keeps_its_inputs(tmp_path: Path) -> None:
-    """Of a token in one of 3B's decoder layers: what both norms read and give; queries, keys, values,
-    and attention's result with its normaliser; gate, up and their product."""
+    """Of a token in one of 3B's decoder layers: what both norms read and give; queries, keys,
+    values, and attention's result with its normaliser; gate, up and their product."""
     config = load_config(Path(config_of("3B", 2, tmp_path / "model")))
     with torch.device("meta"):
         layer = DecoderLayer(config).bfloat16()
@@ -187,6 +187,19 @@ def test_too_small_a_card(capsys: pytest.CaptureFixture) -> None:
     flags = train_cpt.Flags(plan="1", max_pixels=PICTURE**2)  # the reserve alone is more
     print_estimate(flags)
     assert "DOES NOT FIT. What helps: --checkpointing" in capsys.readouterr().out
+
+
+def test_adapters_on_one_card(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Frozen weights lie there in bfloat16; what is trained costs its 16 bytes. No warning."""
+    model = config_of("3B", 2, tmp_path / "model")
+    flags = train_cl.Flags(model=model, batch=8, lora=16, max_pixels=PICTURE**2)
+    found = estimate(flags, 24, 1)
+    narrow = sum(p.numel() for p in found.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in found.model.parameters()) - narrow
+    assert 0 < narrow < 0.01 * frozen
+    assert found.peak["weights"] == 2 * frozen + 4 * narrow
+    assert found.peak["moments"] == 8 * narrow >= 2 * found.peak["gradients"]
+    assert not [warning for warning in recwarn if "hook" in str(warning.message)]
 
 
 def test_under_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
