@@ -175,14 +175,14 @@ def pretending(device: str, ledger: Ledger) -> Iterator[None]:
     so that the model goes the same ways as there."""
 
     def flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, **_: object) -> Tensor:
-        # Which kernel is taken depends on the device; this one is known on "meta".
+        """Which kernel is taken depends on the device; this one is known on "meta"."""
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(query, key, value, 0.0, is_causal)[0]
 
     def counted(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
                 causal: bool) -> Tensor:
-        # A query meets each key of its sequence twice, in a score and in a weighted sum; and
-        # four times in backward, beside the scores, which are computed again.
+        """A query meets each key of its sequence twice, in a score and in a weighted sum; and
+        four times in backward, beside the scores, which are computed again."""
         out = varlen_attention(query, key, value, segments, causal)
         pairs = sum(length**2 for length in segments.lengths)
         flops = 4 * pairs * query[0].numel()
@@ -215,7 +215,7 @@ def follow_shards(model: nn.Module, blocks: list[nn.Module], ledger: Ledger, ran
     root = size(set(model.parameters()) - inside)
 
     def arrived(parameter: nn.Parameter) -> None:
-        # A gradient is divided, and added to the sum; the root's at the end.
+        """A gradient is divided, and added to the sum; the root's at the end."""
         if not blocks or parameter in inside:
             parameter.grad = None
             if not summed:
@@ -223,13 +223,13 @@ def follow_shards(model: nn.Module, blocks: list[nn.Module], ledger: Ledger, ran
                 ledger.hold("gradients", ledger.held["gradients"] + part)
 
     def enter(block: nn.Module) -> None:
-        # It and the next block are complete; so is the gradient of the one before, which
-        # is sent in float32.
+        """It and the next block are complete; so is the gradient of the one before, which
+        is sent in float32."""
         reduced = size(trained(block)) + 4 * count(trained(block))
         ledger.hold("gathered", root + 2 * size(block.parameters()) + reduced)
 
     def watch(block: nn.Module, _: tuple, output: Tensor) -> None:
-        # Backward enters a block when the gradient of its output is there.
+        """Backward enters a block when the gradient of its output is there."""
         if output.requires_grad:
             output.register_hook(lambda _: enter(block))
 
