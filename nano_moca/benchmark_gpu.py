@@ -8,11 +8,12 @@ line that says so:
     stages   a step of each stage: tokens a second, share of the card's peak, memory
 
 The model has random weights, so --model needs no more than config.json and the
-processor's files; without it the shape is Qwen2.5-VL-3B's. On a CPU it is the nano base's:
-that shows that the command works, and no speed. *MFU*, model FLOPs utilisation, is what
-the products of a step need (without what checkpointing computes twice) over what the
-card could do in that time at its bfloat16 peak.
+processor's files; without it they are those of Qwen2.5-VL-3B, from the hub. On a CPU it is
+the nano base's: that shows that the command works, and no speed. *MFU*, model FLOPs
+utilisation, is what the products of a step need (without what checkpointing computes
+twice) over what the card could do in that time at its bfloat16 peak.
 
+3B takes 63 GB of a card, and more than 80 without checkpointing: those lines say so then.
 Left out: several cards, and reading data; the log of a run says what both come to.
 """
 
@@ -30,31 +31,44 @@ from nano_moca.attention import Segments, attend, reference_attention
 from nano_moca.batch import Batch
 from nano_moca.builtin import BuiltinRecords
 from nano_moca.config import BASE, Config
-from nano_moca.convert.configs import parse_config
 from nano_moca.distributed import World, init_distributed, local_part, shard
+from nano_moca.estimate import Ledger, dry_run
 from nano_moca.families import load_config
-from nano_moca.losses import (info_nce, masked_reconstruction_loss,
-                              plain_masked_reconstruction_loss)
+from nano_moca.losses import info_nce, masked_reconstruction_loss, plain_masked_reconstruction_loss
 from nano_moca.masking import MaskedBatch, mask_batch
 from nano_moca.model import ReconstructionModel, rms_norm, rotate, silu_gate
 from nano_moca.processor import Processor
 from nano_moca.trainer import make_optimizer
-from nano_moca.weights import empty_model, find_checkpoint
+from nano_moca.weights import PROCESSOR_FILES, empty_model, find_checkpoint
 
 # Makers' figures for dense bfloat16 products, TFLOP/s; the first name that fits counts.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}
-# What Qwen2.5-VL-3B's config.json says otherwise than the nano base's.
-SHAPE_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-            "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-VISION_3B = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-             "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
 AREA = 1024 * 28 * 28  # of each image in pixels: 1024 image tokens
 
 
-def measure(run: Callable[[], object], cuda: bool) -> tuple[float, float]:
-    """Seconds of a call, the median of three after two to warm up; and the most GB that
-    the card held meanwhile (nan on a CPU)."""
+def print_row(name: str, figures: Callable[[], str]) -> None:
+    """Print a line of a table: its figures, or why they could not be measured."""
+    # What was measured before goes first.
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+    # Whatever a library that is absent, too old or too hungry for memory may raise.
+    try:
+        said = figures()
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:80]
+        said = f"not measured: {type(error).__name__}: {reason}"
+    print(f"{name:42s}{said}", flush=True)
+
+
+def measured(prepare: Callable[[], Callable[[], object]]) -> tuple[float, float]:
+    """Seconds of a call of what `prepare` returns, the median of three after two to warm up
+    and to compile; and the most GB that the card held meanwhile (nan on a CPU)."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run = prepare()
+
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -65,36 +79,16 @@ def measure(run: Callable[[], object], cuda: bool) -> tuple[float, float]:
     return median(times[2:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
 
 
-def print_row(name: str, prepare: Callable[[], Callable], flops: float = 0.0, tokens: int = 0,
-              peak: float | None = None) -> None:
-    """Measure what `prepare` returns, and print it: or why it could not be measured."""
-    cuda = torch.cuda.is_available()
-    gc.collect()  # what was measured before
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    # Whatever a library that is absent, too old or too hungry for memory may raise.
-    try:
-        seconds, memory = measure(prepare(), cuda)
-    except Exception as error:
-        said = str(error).partition("\n")[0][:80]
-        print(f"{name:24s}not measured: {type(error).__name__}: {said}", flush=True)
-        return
-    share = flops / seconds / (peak * 1e12) if peak else float("nan")
-    rate = f"{tokens / seconds:12,.0f}{share:8.2f}" if tokens else ""
-    print(f"{name:24s}{1e3 * seconds:10.1f}{memory:10.1f}{rate}", flush=True)
+# --- errors ---------------------------------------------------------------------------
 
 
-def relative_error(function: Callable, twin: Callable, call: Callable, inputs: list[Tensor]
-                   ) -> float:
-    """How far values and gradients of a function are from those of its twin in float64:
-    the largest |difference| / |truth|. call: gives either the inputs, and what else it
-    takes."""
+def relative_error(function: Callable, twin: Callable, inputs: list[Tensor]) -> float:
+    """How far values and gradients of a function are from those of its twin in float64: the
+    largest |difference| / |truth|."""
     def results(chosen: Callable, dtype: torch.dtype) -> list[Tensor]:
         """Values, and the gradient of a weighted sum of them at each input."""
         given = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-        out = call(chosen, *given).double().flatten()
+        out = chosen(*given).double().flatten()
         weights = torch.linspace(-1, 1, len(out), device=out.device, dtype=out.dtype)
         return [out.detach(), *torch.autograd.grad(out @ weights, given)]
 
@@ -123,15 +117,56 @@ def print_errors(device: torch.device) -> None:
         (masked_reconstruction_loss, plain_masked_reconstruction_loss,
          lambda f, x, w: f(x, w, labels, pixels, pixels)[0], [(T, 64), (V, 64)])]
 
+    def compare(function: Callable, twin: Callable, inputs: list[Tensor]) -> str:
+        """Both errors, and whether ours is more than rounding explains."""
+        fast = relative_error(function, twin, inputs)
+        plain = relative_error(twin, twin, inputs)
+        verdict = "" if fast < 2 * plain + 1e-6 else "   TOO LARGE"
+        return f"{fast:10.1e}{plain:10.1e}{verdict}"
+
     print(f"\n{'distance from float64':42s}{'fast':>10s}{'plain':>10s}")
     torch.manual_seed(0)
     for function, twin, call, shapes in checks:
         for dtype in (torch.float32, torch.bfloat16):
             inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-            fast = relative_error(function, twin, call, inputs)
-            plain = relative_error(twin, twin, call, inputs)
-            verdict = "" if fast < 2 * plain + 1e-6 else "   TOO LARGE"
-            print(f"{function.__name__:28s}{str(dtype):14s}{fast:10.1e}{plain:10.1e}{verdict}")
+            both = partial(call, function), partial(call, twin)
+            print_row(f"{function.__name__:28s}{dtype}", partial(compare, *both, inputs))
+
+
+# --- losses ---------------------------------------------------------------------------
+
+
+def liger(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Liger-Kernel's: Triton, fused with the gradient as ours is."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(head, hidden, labels)
+
+
+def cut_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Apple's: no logits in memory at all, computed again in backward."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, head, labels)
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """PyTorch's own, since 2.13."""
+    chunked = nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, head, labels, options=chunked)
+
+
+def ours(loss: Callable, backend: str, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The fused loss or its plain twin."""
+    pixels = hidden.new_zeros(0, 4)
+    return loss(hidden, head, labels, pixels, pixels, backend)[0]
+
+
+ENGINES = {"fused, Triton": partial(ours, masked_reconstruction_loss, "triton"),
+           "fused, PyTorch": partial(ours, masked_reconstruction_loss, "torch"),
+           "full logits": partial(ours, plain_masked_reconstruction_loss, "plain"),
+           "F.linear_cross_entropy": chunked_cross_entropy, "Liger": liger,
+           "cut cross entropy": cut_cross_entropy}
 
 
 def print_losses(world: World, config: Config, R: int) -> None:
@@ -140,74 +175,59 @@ def print_losses(world: World, config: Config, R: int) -> None:
     hidden = torch.randn(R, config.width, **options).requires_grad_()  # [R, D]
     head = torch.randn(config.vocabulary, config.width, **options).requires_grad_()  # [V, D]
     labels = torch.randint(config.vocabulary, (R,), device=world.device)  # [R]
-    pixels = hidden.new_zeros(0, 4)
 
-    def liger() -> Callable:
-        """Liger-Kernel's: Triton, fused with the gradient as ours is."""
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    def figures(loss: Callable) -> str:
+        """Time and memory of a loss and its gradients."""
+        def run() -> object:
+            """Forward and backward."""
+            return torch.autograd.grad(loss(hidden, head, labels), (hidden, head))
 
-        return lambda: LigerFusedLinearCrossEntropyLoss()(head, hidden, labels)
+        seconds, memory = measured(lambda: run)
+        return f"{1e3 * seconds:10.1f}{memory:10.1f}"
 
-    def cut_cross_entropy() -> Callable:
-        """Apple's: no logits in memory at all, computed again in backward."""
-        from cut_cross_entropy import linear_cross_entropy
-
-        return lambda: linear_cross_entropy(hidden, head, labels)
-
-    def linear_cross_entropy() -> Callable:
-        """PyTorch's own, since 2.13."""
-        chunked = nn.LinearCrossEntropyOptions()
-        return lambda: F.linear_cross_entropy(hidden, head, labels, options=chunked)
-
-    def ours(loss: Callable, backend: str) -> Callable:
-        """The fused loss or its plain twin."""
-        return lambda: loss(hidden, head, labels, pixels, pixels, backend)[0]
-
-    def prepare_loss(engine: Callable[[], Callable]) -> Callable[[], object]:
-        """Forward and backward. A library is imported, or not found, only now."""
-        loss = engine()
-        return lambda: torch.autograd.grad(loss(), (hidden, head))
-
-    engines = {"fused, Triton": partial(ours, masked_reconstruction_loss, "triton"),
-               "fused, PyTorch": partial(ours, masked_reconstruction_loss, "torch"),
-               "full logits": partial(ours, plain_masked_reconstruction_loss, "plain"),
-               "F.linear_cross_entropy": linear_cross_entropy, "Liger": liger,
-               "cut cross entropy": cut_cross_entropy}
-    print(f"\n{f'loss of {R:,} tokens':24s}{'ms':>10s}{'GB':>10s}")
-    for name, engine in engines.items():
-        print_row(name, partial(prepare_loss, engine))
+    print(f"\n{f'loss of {R:,} tokens':42s}{'ms':>10s}{'GB':>10s}")
+    for name, loss in ENGINES.items():
+        print_row(name, partial(figures, loss))
 
 
-def step_flops(root: nn.Module, config: Config, batch: Batch, R: int = 0, G: int = 0) -> float:
-    """Floating-point operations of the products of a step: forward, and twice as many
-    backward. A weight is multiplied and added once for each row that comes by."""
-    T, P, J = len(batch.tokens), len(batch.patches), len(batch.image_index)
-    rows = {"patch_embed": P, "visual.blocks": P, "merger": J, "language.layers": T,
-            "patch_decoder.layer": T, "patch_decoder.head": G}
-    forward = 2.0 * R * config.vocabulary * config.width
-    for name, module in root.named_modules():
-        for part, count in rows.items():
-            if isinstance(module, nn.Linear) and part in name:
-                forward += 2.0 * count * module.weight.numel()
-
-    # Attention: a product for the scores, and one for the values, for each pair of tokens
-    # that see each other. (A window at the border of an image is smaller than counted.)
-    pairs = sum(length**2 for length in batch.lengths)
-    forward += 4.0 * pairs * config.heads * config.head_width * (config.layers + (R > 0))
-    vision = config.vision
-    full = len(vision.full_blocks) if vision.window else vision.depth
-    whole = int((batch.grids[:, 1] * batch.grids[:, 2]).square().sum())
-    windows = P * (vision.window // vision.patch) ** 2
-    forward += 4.0 * vision.width * (full * whole + (vision.depth - full) * windows)
-    return 3 * forward
+# --- stages ---------------------------------------------------------------------------
 
 
-def prepare_step(world: World, config: Config, stage: int, loss: Callable, checkpointing: bool
-                 ) -> Callable[[], None]:
-    """A whole step of a stage: forward, backward, AdamW. loss: of the stage's model."""
-    # Memory as in training, and random weights.
+def stage_1(root: nn.Module, masked: MaskedBatch) -> Tensor:
+    """MLM and MAE."""
+    mlm, mae = root(masked, causal=False)
+    return mlm + 0.5 * mae
+
+
+def stage_2(root: nn.Module, batch: Batch) -> Tensor:
+    """InfoNCE, without hard negatives: the first half of the records are the queries."""
+    vectors = root.embed(batch, causal=False, pooling="mean")  # [N, D]
+    n = len(vectors) // 2
+    queries, positives, _ = vectors.tensor_split([n, 2 * n])
+    local_index = torch.arange(n, device=vectors.device)
+    excluded = torch.zeros(n, n, dtype=torch.bool, device=vectors.device)
+    return info_nce(queries, positives, vectors[:0], local_index, excluded, 0.03)[0]
+
+
+def build(config: Config, loss: Callable) -> nn.Module:
+    """The model of a stage, without memory."""
     vlm = empty_model(config)
-    root = ReconstructionModel(vlm) if stage == 1 else vlm
+    return ReconstructionModel(vlm) if loss is stage_1 else vlm
+
+
+def step_flops(config: Config, loss: Callable, batch: Batch | MaskedBatch) -> float:
+    """Floating-point operations of the products of a step, forward and backward."""
+    ledger = Ledger({})
+    dry_run(build(config, loss).bfloat16(), batch, 1, "cuda", ledger)
+    return ledger.work["products"] + ledger.work["attention"]
+
+
+def prepare_step(world: World, config: Config, loss: Callable, batch: Batch | MaskedBatch,
+                 checkpointing: bool) -> Callable[[], None]:
+    """A whole step of a stage: forward, backward, AdamW."""
+    # Memory as in training, and random weights.
+    root = build(config, loss)
+    vlm = getattr(root, "vlm", root)
     shard(root, [*vlm.visual.blocks, *vlm.language.layers], world)
     for name, parameter in root.named_parameters():
         weight = local_part(parameter.detach())
@@ -220,7 +240,7 @@ def prepare_step(world: World, config: Config, stage: int, loss: Callable, check
 
     def step() -> None:
         """What a script does with one micro-batch."""
-        loss(root).backward()
+        loss(root, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -228,35 +248,21 @@ def prepare_step(world: World, config: Config, stage: int, loss: Callable, check
 
 
 def print_stages(world: World, config: Config, masked: MaskedBatch, batch: Batch,
-                 peak: float | None) -> None:
-    """A step of each stage. batch: the same records as `masked` has, unmasked.
-
-    Without checkpointing 3B fits no single card of 80 GB: its line says so then.
-    """
-    n = len(batch.lengths) // 2  # pairs: the first half of the records are the queries
-    excluded = torch.zeros(n, n, dtype=torch.bool, device=world.device)
-    local_index = torch.arange(n, device=world.device)
-
-    def stage_1(root: nn.Module) -> Tensor:
-        """MLM and MAE."""
-        mlm, mae = root(masked, causal=False)
-        return mlm + 0.5 * mae
-
-    def stage_2(root: nn.Module) -> Tensor:
-        """InfoNCE, without hard negatives."""
-        vectors = root.embed(batch, causal=False, pooling="mean")  # [N, D]
-        queries, positives, rest = vectors.split([n, n, len(vectors) - 2 * n])
-        return info_nce(queries, positives, rest[:0], local_index, excluded, 0.03)[0]
-
+                 peak: float) -> None:
+    """A step of each stage. batch: the same records as `masked` has, unmasked. peak: TFLOP/s."""
     tokens = len(batch.tokens)
-    print(f"\n{f'step of {tokens:,} tokens':24s}{'ms':>10s}{'GB':>10s}{'tokens/s':>12s}{'MFU':>8s}")
-    vlm = empty_model(config)
-    of_both = [step_flops(ReconstructionModel(vlm), config, batch, len(masked.labels),
-                          len(masked.target)), step_flops(vlm, config, batch)]
-    for number, (loss, flops) in enumerate(zip((stage_1, stage_2), of_both, strict=True), 1):
-        for checkpointing, how in ((True, ", checkpointing"), (False, "")):
-            prepare = partial(prepare_step, world, config, number, loss, checkpointing)
-            print_row(f"stage {number}{how}", prepare, flops, tokens, peak)
+
+    def figures(loss: Callable, given: Batch | MaskedBatch, checkpointing: bool) -> str:
+        """Time, memory, and what they come to."""
+        prepare = partial(prepare_step, world, config, loss, given.to(world.device), checkpointing)
+        seconds, memory = measured(prepare)
+        mfu = step_flops(config, loss, given) / seconds / (peak * 1e12)
+        return f"{1e3 * seconds:10.1f}{memory:10.1f}{tokens / seconds:12,.0f}{mfu:8.2f}"
+
+    print(f"\n{f'step of {tokens:,} tokens':42s}{'ms':>10s}{'GB':>10s}{'tokens/s':>12s}{'MFU':>8s}")
+    for name, loss, given in (("stage 1", stage_1, masked), ("stage 2", stage_2, batch)):
+        print_row(f"{name}, checkpointing", partial(figures, loss, given, True))
+        print_row(name, partial(figures, loss, given, False))
 
 
 def benchmark_gpu(name: str | None, records: int, peak: float | None) -> World:
@@ -268,17 +274,16 @@ def benchmark_gpu(name: str | None, records: int, peak: float | None) -> World:
     world = init_distributed(None, None)
     cuda = world.device.type == "cuda"
     card = torch.cuda.get_device_name() if cuda else "a CPU"
-    known = [figure for part, figure in PEAKS.items() if part in card]
-    peak = peak or (known[0] if known else None)
-    print(f"{card}, torch {torch.__version__}, {world.dtype}; peak for MFU: "
-          + (f"{peak} TFLOP/s" if peak else "unknown, give it as --peak"))
+    if not peak:
+        known = [figure for part, figure in PEAKS.items() if part in card]
+        peak = known[0] if known else float("nan")
+    print(f"{card}, torch {torch.__version__}, {world.dtype}; peak for MFU: {peak} TFLOP/s "
+          "(if not known: --peak)")
 
     # The shape, and a batch of built-in records with images as large as pages.
-    folder = find_checkpoint(name or BASE)
+    folder = find_checkpoint(name or ("Qwen/Qwen2.5-VL-3B-Instruct" if cuda else BASE),
+                             PROCESSOR_FILES)
     config = load_config(folder)
-    if cuda and not name:
-        vision = config.raw["vision_config"] | VISION_3B
-        config = parse_config(config.raw | SHAPE_3B | {"vision_config": vision})
     processor = Processor.load(folder, config, *((AREA, AREA) if cuda else ()))
     data = BuiltinRecords("train")
     batch = processor.batch([data[number] for number in range(records)])
@@ -287,5 +292,5 @@ def benchmark_gpu(name: str | None, records: int, peak: float | None) -> World:
 
     print_errors(world.device)
     print_losses(world, config, R=4096 if cuda else 256)
-    print_stages(world, config, masked.to(world.device), batch.to(world.device), peak)
+    print_stages(world, config, masked, batch, peak)
     return world

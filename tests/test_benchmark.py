@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nano_moca import Moca
-from nano_moca import benchmark_gpu
+from nano_moca import Moca, benchmark_gpu
 from nano_moca.benchmark import BATCHES, Flags, benchmark, main, make_mixes
 from nano_moca.losses import masked_reconstruction_loss
 from nano_moca.masking import mask_batch
@@ -93,7 +92,7 @@ def test_a_wrong_kernel_is_called_too_large(capsys, monkeypatch) -> None:
 def test_flops_are_those_that_pytorch_counts(moca: Moca) -> None:
     """Forward and backward of stage 1's model, to the last one. PyTorch is told of two operations
     that it does not know: a product added in place, and the CPU's attention, whose backward we
-    count without what it computes again. No gradient is computed for the pixels, which we count."""
+    count without what it computes again."""
     def attention(query: tuple, key: tuple, *_: object, **__: object) -> int:
         return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
 
@@ -109,7 +108,7 @@ def test_flops_are_those_that_pytorch_counts(moca: Moca) -> None:
     masked = mask_batch(batch, moca.processor, 0.4, 0.5, [(0, n) for n in range(6)])
     config = moca.model.config
     root = ReconstructionModel(empty_model(config))
-    ours = benchmark_gpu.step_flops(root, config, batch, len(masked.labels), len(masked.target))
+    ours = benchmark_gpu.step_flops(config, benchmark_gpu.stage_1, masked)
 
     root.to_empty(device="cpu")
     for parameter in root.parameters():
@@ -117,5 +116,4 @@ def test_flops_are_those_that_pytorch_counts(moca: Moca) -> None:
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         mlm, mae = root(masked, causal=False)
         (mlm + mae).backward()
-    uncounted = 2 * batch.patches.numel() * config.vision.width
-    assert ours == counter.get_total_flops() + uncounted
+    assert ours == counter.get_total_flops()
