@@ -26,6 +26,7 @@ then what they stand on:
     processor.py     text and images to tokens and patches
     batch.py         the shapes of data: Record, Pair, Batch
     batches.py       which records a step takes, and on which rank
+    skipping.py      records that cannot be used, on all ranks alike
     data.py          files to records and pairs
     weights.py       a checkpoint's weights into a model
     families.py      which model a checkpoint is
@@ -35,13 +36,11 @@ then what they stand on:
     files.py         errors, JSON, files and folders that survive a crash
 
 and beside the road: evaluate/ (a trained model in use, and its scores), convert/ (files
-as others write and read them), claims.py (what a run may touch), resume.py (going on
-after a break, on any number of ranks), skipping.py (records that cannot be used,
---on-error skip), estimate.py (what a run would need, --plan), qwen3/ (what Qwen3-VL does
-otherwise: read it after model.py), lora.py (for those who have one GPU: small matrices
-beside frozen weights), report/ (the pictures and scores at the end of a run), builtin/
-(the data and the base model that come with the code), ablate.py, benchmark.py and
-benchmark_gpu.py.
+as others write and read them), plan/ (before the first step: what a run may touch, what it
+will need, where it goes on), qwen3/ (what Qwen3-VL does otherwise: read it after
+model.py), lora.py (for those who have one GPU: small matrices beside frozen weights),
+report/ (the pictures and scores at the end of a run), builtin/ (the data and the base model
+that come with the code), ablate.py, benchmark.py and benchmark_gpu.py.
 
 Glossary. A shape in a comment, such as [T, D], uses these letters. (Sizes of patches and
 groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 values.)

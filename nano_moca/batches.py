@@ -40,6 +40,7 @@ from nano_moca.batch import EncodedRecord, Pair, Record, Sendable
 from nano_moca.data import Joined, record_key
 from nano_moca.files import MocaError
 from nano_moca.processor import Processor
+from nano_moca.skipping import Skipping
 
 
 def prefetch(steps: Iterator, count: int) -> Iterator:
@@ -105,11 +106,7 @@ class Steps(Iterator):
         self.threads = ThreadPoolExecutor(min(max(1, os.cpu_count() // local_ranks - 1), 8))
 
         # With --on-error skip, ranks tell each other what they could not decode.
-        self.skipping = None
-        if self.skipped:
-            from nano_moca.skipping import Skipping  # other runs need none of it
-
-            self.skipping = Skipping(self.skipped, self.world_size)
+        self.skipping = Skipping(self.skipped, self.world_size) if self.skipped else None
 
     def decode(self, own: dict[int, list[EncodedRecord]]) -> set[int]:
         """Decode this rank's items of a step: their numbers, and the records of each.

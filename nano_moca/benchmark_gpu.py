@@ -32,7 +32,7 @@ from nano_moca.batch import Batch
 from nano_moca.builtin import BuiltinRecords
 from nano_moca.config import BASE, Config
 from nano_moca.distributed import World, init_distributed, local_part, shard
-from nano_moca.estimate import Ledger, dry_run
+from nano_moca.plan.estimate import Ledger, dry_run
 from nano_moca.families import load_config
 from nano_moca.losses import info_nce, masked_reconstruction_loss, plain_masked_reconstruction_loss
 from nano_moca.masking import MaskedBatch, mask_batch

@@ -3,7 +3,7 @@
 A checkpoint restores a run to the bit: weights and both moments of AdamW in float32,
 each rank its own part in its own file, and a dictionary with the step, the flags, where
 the data stood, and all lines of the log. How a run goes on from it, on as many ranks or
-on others, is in resume.py. The model that a run leaves at its end is another folder, for
+on others, is in plan/resume.py. The model that a run leaves at its end is another folder, for
 others to read: see convert/export.py.
 
 Training does not wait for the disk. A rank copies its part into host memory, which costs
@@ -34,7 +34,7 @@ def snapshot(world: World, model: nn.Module, optimizer: torch.optim.Optimizer, s
     """A copy in host memory of this rank's part: what `write_checkpoint` writes.
 
     state: numbers and texts in lists and dictionaries, which nobody changes any more. With
-    it a "digest" is saved, by which resume.py knows one that was changed.
+    it a "digest" is saved, by which plan/resume.py knows one that was changed.
     """
     # exp_avg and exp_avg_sq have a parameter's shape; its step count is a scalar.
     parameters = []

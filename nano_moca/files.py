@@ -12,7 +12,7 @@ written under its own name:
 
 A rename happens completely or not at all. So whenever the process dies, a complete
 folder is left as `folder` or as `folder.old`, and `find_folder` finds it. A file in it,
-`.nano_moca`, says what we put there: claims.py keeps a run from replacing anything else.
+`.nano_moca`, says what we put there: plan/claims.py keeps a run from replacing anything else.
 
 A single file is written as `.nano_moca.` and some random letters, which two programs that
 write it at once do not share, and renamed. A kill may leave that, and no data folder takes

@@ -29,8 +29,8 @@ A begins random, such that A x is of x's size, and B as zero, so that the first 
 the model as it was. alpha is 32 whatever a is, as the authors advise: the pull of the
 learning rate on W then changes little with a, and for the usual a = 16 the factor is 2.
 Adapters want a higher learning rate. For billions of weights, ten times that of full
-training is usual (2e-5 in stage 1, 2e-4 in stage 2); in the miniature, whose rates are
-high as they are, three times was best of those tried.
+training is usual (2e-5 in stage 1, 2e-4 in stage 2). In the miniature, whose rates are
+high as they are, that was too much in the few runs tried so far (RESULTS.md).
 
 When the model is saved the adapters are merged, W + (alpha / a) B A, into a folder like
 any other. That sum is taken in float32 and rounded once to the dtype of W: of bfloat16

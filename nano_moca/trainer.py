@@ -7,7 +7,7 @@ train_cpt.py and train_cl.py, which call them in this order:
     open_checkpoint    find the model to start from; its shapes and processor
     skip_list          where unusable records are listed
     make_optimizer     AdamW over all that is trained
-    resume             after a break: weights, optimiser and data as they were (resume.py)
+    resume             after a break: weights, optimiser and data as they were (plan/resume.py)
     print_plan         one line that says what will be done
     Log                log.jsonl and the progress bar
     at each step       update (clip, learning rate, AdamW), Log.write, save_progress
@@ -52,17 +52,17 @@ UNDER_WAY: list[Future] = []
 
 
 def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
-    """A script's `train`, behind the checks of claims.py: one run an --output, and over
-    nothing that it reads."""
+    """A script's `train`, behind what plan/ looks at first: --plan, and else whether the run
+    is alone in its --output, over nothing that it reads."""
 
     @wraps(train)
     def checked(flags: CommonFlags) -> None:
+        # Neither is a part of training.
+        from nano_moca.plan.claims import claim_output
+        from nano_moca.plan.estimate import print_estimate
+
         if flags.plan:
-            from nano_moca.estimate import print_estimate  # computed; nothing is trained
-
             return print_estimate(flags)
-        from nano_moca.claims import claim_output  # what may go wrong there is no part of training
-
         with claim_output(flags):
             # The output is ours until nothing is written there, also after an error.
             try:
@@ -126,14 +126,14 @@ def skip_list(flags: CommonFlags, world: World) -> Path | None:
 
 def resume(flags: CommonFlags, world: World, model: nn.Module, optimizer: Optimizer,
            batches: Any) -> dict | None:
-    """With --resume, go back to the checkpoint in the output folder, as resume.py says.
+    """With --resume, go back to the checkpoint in the output folder, as plan/resume.py says.
 
     Returns the checkpoint's state, or None for a new run. batches: draws the data. Its
     `state` is a dictionary that says, among others, how many records were "skipped" so far.
     """
     saved = None
     if flags.resume:
-        from nano_moca.resume import go_on  # other runs need none of it
+        from nano_moca.plan.resume import go_on  # other runs need none of it
 
         saved = go_on(flags, world, model, optimizer, batches)
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nano_moca"
 SCRIPTS = [ROOT / "train_cpt.py", ROOT / "train_cl.py"]
 # beside the road: neither stage needs it to train and to save
-BESIDE = ("qwen3", "builtin", "convert", "claims", "estimate", "resume", "skipping", "lora",
-          "report", "evaluate", "ablate", "benchmark", "benchmark_gpu")
+BESIDE = ("qwen3", "builtin", "convert", "plan", "lora", "report", "evaluate", "ablate",
+          "benchmark", "benchmark_gpu")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise)
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,

@@ -13,12 +13,12 @@ from PIL import Image
 
 import train_cl
 import train_cpt
-from nano_moca import estimate as estimate_module
+from nano_moca.plan import estimate as estimate_module
 from nano_moca.attention import Segments
 from nano_moca.batch import MARK
 from nano_moca.benchmark import make_wide
 from nano_moca.config import BASE
-from nano_moca.estimate import GB, Ledger, estimate, pretending, print_estimate
+from nano_moca.plan.estimate import GB, Ledger, estimate, pretending, print_estimate
 from nano_moca.families import load_config
 from nano_moca.flags import CommonFlags, parse_flags
 from nano_moca.model import DecoderLayer

@@ -26,7 +26,7 @@ from nano_moca.checkpoint import digest
 from nano_moca.files import (MARKER, discard, first_lines, fresh_folder, put_text, replace_folder,
                              replacing, write_json)
 from nano_moca.flags import CommonFlags, main_guard, parse_flags
-from nano_moca.claims import check_inputs, check_output, lock
+from nano_moca.plan.claims import check_inputs, check_output, lock
 from nano_moca.trainer import guarded
 
 DEFAULTS = "--steps 3 --save-every 2 --batch-tokens 120 --device cpu --no-report"

@@ -32,10 +32,11 @@ def road() -> Density:
 
 
 def test_budget() -> None:
-    """What a reader has to hold in mind; and what he need not, which is longer than the 1,100 lines
-    that it was meant to have: three families, the files of others, and what guards a run."""
-    assert sum(map(code_lines, road_files())) <= 2200
-    assert sum(map(code_lines, beside_files())) <= 2350
+    """What a reader has to hold in mind: about 2,200 lines. And what he need not, which is longer
+    than the 1,100 that it was meant to have: three families, the files of others, what guards a
+    run, goes on with it and computes its memory, adapters, a benchmark of GPUs."""
+    assert sum(map(code_lines, road_files())) <= 2220
+    assert sum(map(code_lines, beside_files())) <= 3070
 
 
 def test_paragraphs(road: Density) -> None:
@@ -112,7 +113,7 @@ def test_training_needs_nothing_beside_the_road(script: str, mixed: Path, tmp_pa
     assert "nano_moca.model" in loaded
     beside = {name for name in loaded if is_beside(module_file(name))}
     assert {name.removeprefix("nano_moca.").partition(".")[0] for name in beside} == {
-        "convert", "claims"}
+        "convert", "plan"}
 
 
 JUMPS = """

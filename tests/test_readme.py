@@ -61,7 +61,7 @@ def test_flags_exist() -> None:
     """Every --flag that the README names is one of the scripts' or of a tool it names."""
     known = {"--" + field.name.replace("_", "-")
              for script in (train_cpt, train_cl) for field in fields(script.Flags)}
-    known |= {"--help", "--nproc_per_node", "--input", "--prompt", "--images"}
+    known |= {"--help", "--nproc_per_node", "--input", "--prompt", "--images", "--gpu"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
 
 

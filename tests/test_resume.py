@@ -24,7 +24,7 @@ from nano_moca.checkpoint import digest, snapshot, write_checkpoint
 from nano_moca.distributed import World, local_part, shard
 from nano_moca.files import fresh_folder
 from nano_moca.flags import CommonFlags
-from nano_moca.resume import load_checkpoint
+from nano_moca.plan.resume import load_checkpoint
 from nano_moca.trainer import Log, finish_checkpoint, make_optimizer, save_progress
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)

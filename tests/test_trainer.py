@@ -24,7 +24,7 @@ from nano_moca.distributed import World, init_distributed
 from nano_moca.files import find_folder, fresh_folder, replace_folder
 from nano_moca.flags import CommonFlags, flag, parse_flags
 from nano_moca.report.curves import plot_losses
-from nano_moca.resume import check_same_run, load_checkpoint
+from nano_moca.plan.resume import check_same_run, load_checkpoint
 from nano_moca.trainer import Log, update, warmup_then_linear
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)

@@ -28,7 +28,7 @@ from nano_moca.families import build_model, load_config
 from nano_moca.files import MocaError, beside, fresh_folder, replace_folder, writing
 from nano_moca.flags import Parser
 from nano_moca.model import VLM
-from nano_moca.claims import check_ours
+from nano_moca.plan.claims import check_ours
 
 SCRIPTS = Path(__file__).resolve().parents[2]  # the folder of the training scripts
 # Those of the committed base, beside the defaults.

@@ -37,7 +37,7 @@ from nano_moca.files import (
     MocaError, beside, fresh_folder, one_line, read_json, reason, regular_file, replace_folder,
     writing)
 from nano_moca.flags import flag, main_guard, parse_flags
-from nano_moca.claims import check_ours
+from nano_moca.plan.claims import check_ours
 
 LONG = "visrag_ind visrag_syn tevatron_colpali TAT-DQA ArxivQA"
 SHORT = (

@@ -45,7 +45,7 @@ from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
 from nano_moca.files import MocaError, beside, one_line, regular_file, write_json, writing
 from nano_moca.flags import Parser, flag, parse_flags
 from nano_moca.model import POOLINGS
-from nano_moca.claims import lock
+from nano_moca.plan.claims import lock
 from nano_moca.report.ranking import Embed, Scores, rank_pairs
 
 BENCHMARKS = {"mmeb": mmeb, "vidore": vidore}

@@ -1,4 +1,4 @@
-"""The plan of a run, looked at before it begins: what it will read and replace.
+"""What a run claims: what it will read, and what it will replace.
 
 A run writes a few names into --output, and a finished run's files of these names are
 replaced. So a run is refused if what it would replace is what it reads, if somebody
