@@ -44,35 +44,24 @@ class Fault:
 
 FAULTS = {
     "int64 offsets": Fault([
-        ("nano_moca/attention.py", "to(self.device, torch.int32)", "to(self.device)"),
         ("nano_moca/attention.py", "torch.int32", "torch.int64"),
-        ("nano_moca/batch.py", "torch.int32", "torch.int64"),
     ], "stage 1", "offsets of int32"),
     "image tokens' index left on the CPU": Fault([
-        ("nano_moca/batch.py", "image_index=self.image_index.to(device, non_blocking=True)",
-         "image_index=self.image_index"),
-        ("nano_moca/batch.py", "changed[entry.name] = change(value)",
-         "changed[entry.name] = value if entry.name == 'image_index' else change(value)"),
+        ("nano_moca/batch.py", "= send(value, device)",
+         "= value if entry.name == 'image_index' else send(value, device)"),
     ], "stage 2", "left on the CPU"),
     "labels left on the CPU": Fault([
-        ("nano_moca/masking.py", "labels=self.labels.to(device, non_blocking=True)",
-         "labels=self.labels"),
-        ("nano_moca/batch.py", "changed[entry.name] = change(value)",
-         "changed[entry.name] = value if entry.name == 'labels' else change(value)"),
+        ("nano_moca/batch.py", "= send(value, device)",
+         "= value if entry.name == 'labels' else send(value, device)"),
     ], "stage 1, loss without Triton", "on the CPU"),
     "angles of rotation made on the CPU": Fault([
         ("nano_moca/model.py", "(config.head_width, config.rope_theta, positions.device)",
          "(config.head_width, config.rope_theta, 'cpu')"),
     ], "caption", "left on the CPU"),
     "heads not repeated": Fault([
-        ("nano_moca/attention.py", "key = key.repeat_interleave(H // K, dim=1)  # [T, H, d]\n"
-         "    value = value.repeat_interleave(H // K, dim=1)  # [T, H, d]\n\n    # How far",
-         "# How far"),
         ("nano_moca/attention.py", 'options["enable_gqa"] = True', "pass"),
     ], "stage 1, causal", "heads"),
     "index made on the CPU, in pooling": Fault([
-        ("nano_moca/model.py", "batch.cu_seqlens[1:].to(hidden.device)",
-         "batch.cu_seqlens[1:].to(hidden.device).cpu()"),
         ("nano_moca/model.py", "hidden[offsets[1:].long() - 1]",
          "hidden[(offsets[1:].long() - 1).cpu()]"),
     ], "embed, last token", "model.py"),
