@@ -21,12 +21,13 @@ import torch
 import train_cl
 import train_cpt
 from launching import words, write_data
-from nano_moca import MocaError, distributed, flags as flags_module, resume, trainer
+from nano_moca import MocaError, distributed, flags as flags_module, trainer
 from nano_moca.checkpoint import digest
 from nano_moca.files import (MARKER, discard, first_lines, fresh_folder, put_text, replace_folder,
                              replacing, write_json)
 from nano_moca.flags import CommonFlags, main_guard, parse_flags
 from nano_moca.plan.claims import check_inputs, check_output, lock
+from nano_moca.plan.resume import check_same_run
 from nano_moca.trainer import guarded
 
 DEFAULTS = "--steps 3 --save-every 2 --batch-tokens 120 --device cpu --no-report"
@@ -614,10 +615,10 @@ def test_a_state_that_no_run_saved(kind: str) -> None:
     state = {"step": 1, "flags": asdict(CommonFlags()), "data": data | {"next": 3},
              "log": [{"step": 1, "loss": 2.5}], "skipped": ""}
     state["digest"] = digest(state)
-    resume.check_same_run(CommonFlags(), dict(state), data)
+    check_same_run(CommonFlags(), dict(state), data)
     change, named = STATES[kind]
     with pytest.raises(MocaError, match=named) as caught:
-        resume.check_same_run(CommonFlags(), state | change, data)
+        check_same_run(CommonFlags(), state | change, data)
     assert "\n" not in str(caught.value) and "start anew" in str(caught.value)
 
 
@@ -639,9 +640,9 @@ def test_other_data_of_the_same_length(before: str, now: str, refused: bool) -> 
     data = at_first | {"fingerprint": now}
     if refused:
         with pytest.raises(MocaError, match="fingerprint of --data"):
-            resume.check_same_run(CommonFlags(), saved, data)
+            check_same_run(CommonFlags(), saved, data)
     else:
-        resume.check_same_run(CommonFlags(), saved, data)
+        check_same_run(CommonFlags(), saved, data)
 
 
 def test_other_steps_are_said(again: Path, finished: Path, golden: Path,
