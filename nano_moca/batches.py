@@ -125,7 +125,7 @@ class Steps(Iterator):
 
         # All ranks leave out, count and list the same.
         if self.skipping:
-            failed = self.skipping.of_all_ranks(failed)
+            failed = self.skipping.of_all_ranks(failed, self.state["skipped"])
         for number in sorted(failed):
             self.skip(failed[number])
         return set(failed)
@@ -359,11 +359,12 @@ class PairBatches(Steps):
         divided = [cut(records, self.chunk) for records in by_rank]
         chunks = divided[self.rank]
         chunks += [[]] * (max(map(len, divided)) - len(chunks))
+        filler = min(sum(by_rank, []), key=lambda record: record.cost)
         return PairBatch(
             task=name, records=by_rank[self.rank], chunks=chunks,
             local_index=torch.tensor(shares[self.rank], dtype=torch.int64),
             excluded=excluded_candidates([pair.pair for pair in pairs], shares[self.rank]),
-            batch=len(pairs), filler=pairs[0].records[0], tokens=tokens, state=dict(self.state))
+            batch=len(pairs), filler=filler, tokens=tokens, state=dict(self.state))
 
     def draw(self) -> tuple[str, list[EncodedPair]]:
         """The next step's task, and those of its pairs that can be used."""

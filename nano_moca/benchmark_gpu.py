@@ -3,7 +3,8 @@
 Three tables, before those of benchmark.py. What is not installed, or does not fit, gets a
 line that says so:
 
-    errors   of each fast function against float64, beside those of its plain twin
+    errors   of each fast function, beside those of its plain twin: against the twin in
+             float64 (norm and attention compute in float32 in it)
     losses   the fused loss, full logits, and three fused losses of others
     stages   a step of each stage: tokens a second, share of the card's peak, memory
 
@@ -13,7 +14,7 @@ the nano base's: that shows that the command works, and no speed. *MFU*, model F
 utilisation, is what the products of a step need (without what checkpointing computes
 twice) over what the card could do in that time at its bfloat16 peak.
 
-3B takes 63 GB of a card, and more than 80 without checkpointing: those lines say so then.
+3B takes about 66 GB of a card, and more without checkpointing: those lines say so then.
 Left out: several cards, and reading data; the log of a run says what both come to.
 """
 

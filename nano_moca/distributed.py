@@ -27,6 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nano_moca.files import MocaError
 
+# So long ranks wait for each other: one may write a model to a slow disk.
+PATIENCE = timedelta(hours=2)
+
 
 @dataclass(frozen=True)
 class World:
@@ -99,10 +102,8 @@ def init_distributed(device: str | None, dtype: str | None) -> World:
     # bfloat16 products over float32 weights are FSDP2's work too: a group even if alone.
     if world.sharded and not dist.is_initialized():
         alone = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-
-        # Others may have to wait while one rank writes a model to a slow disk.
         dist.init_process_group(
-            backend, timeout=timedelta(hours=2), **({} if "RANK" in os.environ else alone))
+            backend, timeout=PATIENCE, **({} if "RANK" in os.environ else alone))
     return world
 
 

@@ -119,7 +119,7 @@ def begin(model: nn.Module, seed: int, world: World, saved: dict | None) -> floa
         if not parameter.requires_grad:
             bits = local_part(parameter).bfloat16().view(torch.int16)
             total += bits.sum(dtype=torch.int64).item()
-    (frozen,) = world.total(total)
+    (frozen,) = world.total(total).tolist()
     if saved is not None and saved["data"].get("frozen") != frozen:
         raise MocaError("--resume: the weights in --model are not those that this run began "
                         "with: give the same checkpoint, or start anew without --resume")

@@ -55,14 +55,17 @@ def fused_on_cuda(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     @lru_cache
     def compiled() -> Callable[..., Tensor]:
-        # One kernel for each width and dtype, view or not, with gradient and without.
-        torch._dynamo.config.recompile_limit = 32
         return torch.compile(function, dynamic=True)
 
     @wraps(function)
     def run(x: Tensor, *others: object) -> Tensor:
-        chosen = compiled() if x.is_cuda and TRITON_AVAILABLE else function
-        return chosen(x, *others)
+        if not (x.is_cuda and TRITON_AVAILABLE):
+            return function(x, *others)
+
+        # One kernel for each width and dtype, view or not, with gradient and without. This
+        # limit holds for one thread, and what checkpointing repeats runs in backward's own.
+        torch._dynamo.config.recompile_limit = 32
+        return compiled()(x, *others)
 
     return run
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from nano_moca.distributed import PATIENCE
 from nano_moca.files import MocaError, writing
 
 
@@ -25,16 +26,22 @@ class Skipping:
         """path: of the list; each rank has one. ranks: W. All of them come here."""
         self.path = path
         self.ranks = ranks
-        self.group = dist.new_group(backend="gloo") if ranks > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks > 1 else None
 
-    def of_all_ranks(self, failed: dict[int, MocaError]) -> dict[int, MocaError]:
+    def of_all_ranks(self, failed: dict[int, MocaError], count: int) -> dict[int, MocaError]:
         """What any rank could not decode, from what this one could not: {item: error}. The
-        items of a step are numbered alike on all ranks."""
-        parts = [failed]
+        items of a step are numbered alike on all ranks, if all skipped the same before:
+        count, or it is a MocaError."""
+        parts = [(count, failed)]
         if self.group:
-            parts = [{}] * self.ranks
-            dist.all_gather_object(parts, failed, self.group)
-        return dict(ChainMap(*parts))
+            parts = [(0, {})] * self.ranks
+            dist.all_gather_object(parts, (count, failed), self.group)
+
+        # A disk may fail one rank and not another.
+        if len({skipped for skipped, _ in parts}) > 1:
+            raise MocaError(f"{self.path.name}: one rank could read what another could not: see "
+                            "to the disk, and go on with --resume")
+        return dict(ChainMap(*(found for _, found in parts)))
 
     def add(self, count: int, error: MocaError) -> None:
         """List one more. count: with it."""

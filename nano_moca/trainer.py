@@ -303,8 +303,8 @@ def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator, dat
     """After the last step: close log and loader, wait for the last checkpoint, merge
     adapters into their weights, and say how much was skipped.
 
-    loader: draws one step ahead, in a thread. data_state: after the last step. vlm: what
-    will be saved.
+    loader: drew the steps, in a thread. data_state: after the last step. vlm: what will be
+    saved.
     """
     log.bar.close()
     finish_checkpoint()
@@ -313,7 +313,7 @@ def close_run(flags: CommonFlags, world: World, log: Log, loader: Generator, dat
 
         merge_adapters(vlm)
 
-    # Nothing was learned from the step drawn ahead: take back what it listed as skipped.
+    # The list of what was skipped is as long as it was after the last step.
     loader.close()
     skipped = data_state["skipped"]
     if world.main:

@@ -96,7 +96,7 @@ def test_against_a_measured_run(shape: str, flags: dict, data: Path, wide: Path,
     there is host memory on a GPU, and left out."""
     script, name = (train_cl, "pairs") if "batch" in flags else (train_cpt, "records")
     monkeypatch.setattr(script, "save_progress", lambda *_: None)
-    monkeypatch.setattr(script, "save_model", lambda *_: None)
+    monkeypatch.setattr("nano_moca.convert.export.save_model", lambda *_: None)
     flags = script.Flags(
         model=str(wide if shape == "wide" else BASE), data=str(data / f"{name}.jsonl"), steps=2,
         output=str(tmp_path / "run"), max_tokens=LENGTH, max_pixels=PICTURE**2, device="cpu",

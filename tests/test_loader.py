@@ -330,7 +330,7 @@ class Ranks:
         self.barrier = threading.Barrier(2)
         self.parts: dict[int, object] = {}
         self.number = threading.local()
-        monkeypatch.setattr(dist, "new_group", lambda backend: backend)
+        monkeypatch.setattr(dist, "new_group", lambda backend, timeout: backend)
         monkeypatch.setattr(dist, "all_gather_object", self.gather)
 
     def gather(self, parts: list, part: object, group: str) -> None:

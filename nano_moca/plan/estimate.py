@@ -67,7 +67,7 @@ from nano_moca.batch import MARK, Batch, Record
 from nano_moca.config import BASE, Config
 from nano_moca.families import load_config
 from nano_moca.flags import CommonFlags, Parser
-from nano_moca.masking import MaskedBatch, mask_batch
+from nano_moca.masking import MaskedBatch, mask_batch, next_token_batch
 from nano_moca.processor import Processor
 from nano_moca.weights import empty_model, find_checkpoint
 
@@ -295,7 +295,10 @@ def costly_batch(flags: CommonFlags, config: Config, ranks: int
     records = math.ceil(flags.batch_tokens / ranks / flags.accumulate / tokens)
     batch = processor.pack([encoded] * records)
     keys = [(0, number) for number in range(records)]
-    masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, keys)
+    image_mask = flags.image_mask if flags.mae_weight else 0.0
+    masked = mask_batch(batch, processor, flags.text_mask, image_mask, keys)
+    if flags.objective == "next-token":
+        masked = next_token_batch(batch, processor)
     return masked, flags.accumulate
 
 
