@@ -16,6 +16,8 @@ can read the built-in data without a model.
 
 # ruff: noqa: F401
 from nano_moca.builtin.scenes import (
-    CELL, COLOURS, GROUND, KNOWN, NAMES, NEW, Scene, page_query, random_scene, twins)
+    ALL, CELL, COLOURS, FACTORS, GROUND, KNOWN, KNOWN_COLOURS, LABELLED, NAMES, NEW, NEW_COLOURS,
+    Palette, Scene)
 from nano_moca.builtin.tasks import (
-    END, SPLITS, BuiltinPairs, BuiltinRecords, builtin_tasks, documents)
+    END, SPLITS, BuiltinPairs, BuiltinRecords, builtin_tasks, documents, factor_tasks,
+    split_documents)
