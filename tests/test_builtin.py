@@ -59,9 +59,9 @@ def look(scene: Scene) -> list[np.ndarray]:
 
 def test_the_words_are_distinct_single_and_well_divided():
     words = [*NAMES, *COLOURS, "nothing"]
-    assert len(NAMES) == 48 and len(COLOURS) == 8 and len(set(words)) == len(words)
+    assert len(NAMES) == 72 and len(COLOURS) == 8 and len(set(words)) == len(words)
     assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
-    assert len(KNOWN) == len(NEW) == 24 and set(KNOWN) | set(NEW) == set(NAMES)
+    assert len(KNOWN) == 2 * len(NEW) == 48 and set(KNOWN) | set(NEW) == set(NAMES)
     assert len(KNOWN_COLOURS) == len(NEW_COLOURS) == 4
     assert {*KNOWN_COLOURS, *NEW_COLOURS} == {*COLOURS}
     values = np.array(list(COLOURS.values()), float)
@@ -70,11 +70,11 @@ def test_the_words_are_distinct_single_and_well_divided():
 
 
 def test_each_symbol_fills_its_cell_and_looks_like_no_other():
-    inks = np.stack([glyph(name) for name in NAMES])  # [48, CELL, CELL]
+    inks = np.stack([glyph(name) for name in NAMES])  # [72, CELL, CELL]
     assert inks.dtype == np.float32 and inks.min() >= 0 and inks.max() <= 1
     for name, ink in zip(NAMES, inks):
         box = [np.flatnonzero((ink > 0.2).any(axis)) for axis in (1, 0)]
-        assert 23 <= max(span[-1] - span[0] + 1 for span in box) <= CELL, name
+        assert 46 <= max(span[-1] - span[0] + 1 for span in box) <= CELL, name
         assert all(abs(span[0] + span[-1] - CELL + 1) <= 3 for span in box), f"{name}: off centre"
         assert ink.mean() > 0.05, f"{name}: too little ink to learn from"
     flat = inks.reshape(len(inks), -1)
@@ -106,11 +106,11 @@ def test_random_scenes_keep_to_their_palette_and_vary(random):
     full = [cell for scene in scenes for cell in scene.cells if cell]
     assert {symbol for _, symbol in full} == set(KNOWN)
     assert {colour for colour, _ in full} == set(KNOWN_COLOURS)
-    assert abs(1 - len(full) / 1600 - LABELLED.empty) < 0.05
+    assert abs(1 - len(full) / 1200 - LABELLED.empty) < 0.05
     assert all(any(scene.cells) for scene in scenes)
-    assert len(set(scenes)) > 390
+    assert len(set(scenes)) > 380
     shades = [len({cell[0] for cell in scene.cells if cell}) for scene in scenes]
-    assert 0.4 < np.mean(np.array(shades) == 1) < 0.65  # half of them, and a few by chance
+    assert 0.55 < np.mean(np.array(shades) == 1) < 0.75  # and a few by chance
     plain = [Palette(NEW, KNOWN_COLOURS, 1.0, 0.0).scene(random) for _ in range(50)]
     assert all(len({cell[0] for cell in scene.cells}) == 1 for scene in plain)  # none is empty
 
@@ -156,7 +156,7 @@ def test_every_part_has_scenes_of_a_single_symbol_and_twins_of_them(names):
 
 
 def test_twins_exist_whenever_two_cells_differ(random):
-    scene = Scene((("red", "star"), None, None, None))
+    scene = Scene((("red", "star"), None, None, None), 2)
     palette = next(palette for palette in map(lambda part: Palette(part=part), PARTS)
                    if palette.has(scene))
     for twin in palette.family(scene, ["place"] * 3, random)[1:]:
@@ -165,7 +165,7 @@ def test_twins_exist_whenever_two_cells_differ(random):
 
 def test_page_queries_name_what_is_on_the_page(random):
     for _ in range(100):
-        page = ALL.scene(random, 3, 3)
+        page = ALL.scene(random, 2, 2)
         query, near = ALL.page_query(page, random)
         said = query.removeprefix("Find a page with ").replace(" and ", ", ")
         named = read_cells(said)
@@ -226,16 +226,16 @@ def test_nothing_of_a_test_is_in_other_data():
     negatives, the base's records; development and test."""
     found = {}
     for split in ("base", "train", "development", "test"):
-        records = [BuiltinRecords(split)[index] for index in range(500)]
+        records = [BuiltinRecords(split)[index] for index in range(200)]
         pairs = []
         if split != "base":
-            pairs += [task[index] for task in builtin_tasks(split).values() for index in range(40)]
+            pairs += [task[index] for task in builtin_tasks(split).values() for index in range(24)]
         if split in ("development", "test"):
-            pairs += [task[index] for task in factor_tasks(split).values() for index in range(40)]
+            pairs += [task[index] for task in factor_tasks(split).values() for index in range(24)]
         for pair in pairs:
             records += [pair.positive, *pair.negatives]
         found[split] = things(records)
-        assert len(found[split]) > 500
+        assert len(found[split]) > 300
     for split in ("development", "test"):
         for other in {*found} - {split}:
             assert not found[split] & found[other], (split, other)
@@ -250,7 +250,7 @@ def test_labelled_pairs_show_what_the_base_knows_and_no_more():
     for split in ("train", "one-kind"):
         said = set()
         for task in builtin_tasks(split).values():
-            for index in range(100):
+            for index in range(150):
                 pair = task[index]
                 if task.name != "long-text":
                     for record in (pair.query, pair.positive, *pair.negatives):
@@ -306,7 +306,7 @@ def test_the_mixture_is_what_the_constants_say():
     records = [BuiltinRecords("train")[index] for index in range(1500)]
     texts = sum(not record.images for record in records) / 1500
     pictured = [record for record in records if record.images]
-    pages = sum(record.images[0].width > 2 * CELL for record in pictured) / 1500
+    pages = sum(record.images[0].height > CELL for record in pictured) / 1500
     assert abs(texts - BuiltinRecords.TEXTS) < 0.02 and abs(pages - BuiltinRecords.PAGES) < 0.02
     for record in records:
         assert record.text.count(MARK) == len(record.images) <= 1
@@ -335,8 +335,8 @@ def test_each_caption_word_is_one_token(tokenizer):
     for word in [*NAMES, *COLOURS, *WORDS.split()]:
         assert tokenizer.encode(word).tokens == [word]
         assert len(tokenizer.encode(" " + word)) == 1, word
-    scene = Scene((("red", "anchor"), ("orange", "star"), None, ("white", "sun")))
-    assert len(tokenizer.encode(scene.caption())) == 10 + 3  # words and commas
+    scene = Scene((("red", "anchor"), ("orange", "star"), None))
+    assert len(tokenizer.encode(scene.caption())) == 7 + 2  # words and commas
 
 
 def test_the_tokenizer_is_like_qwens(tokenizer):

@@ -32,10 +32,10 @@ from nano_moca.weights import save_weights
 
 SCRIPTS = Path(__file__).resolve().parents[2]  # the folder of the training scripts
 # All that captions, descriptions and queries consist of, beside symbols and colours.
-WORDS = ("a an nothing top left right bottom find Find caption picture page with and in other "
+WORDS = ("a an nothing left middle right Find caption picture page with and in other "
          "words What does do How work")
 # Those of the committed base, beside the defaults.
-BASE_FLAGS = ("--data builtin:base --objective next-token --steps 1600 --batch-tokens 2000 "
+BASE_FLAGS = ("--data builtin:base --objective next-token --steps 500 --batch-tokens 2000 "
               "--learning-rate 2e-3").split()
 
 

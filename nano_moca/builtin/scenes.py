@@ -1,8 +1,8 @@
 """Scenes and pages: pictures whose every detail a caption can say.
 
-A *scene* is compositional: four cells, each empty or one of 48 symbols in one of 8
-colours, with the caption "a red anchor, an orange star, nothing, a white cloud". A
-*page* has six or nine cells, and is found by a query that names two of its items.
+A *scene* is compositional: three cells in a row, each empty or one of 72 symbols in one
+of 8 colours, with the caption "a red anchor, an orange star, nothing". A *page* has four
+or six cells, and is found by a query that names two of its items.
 
 A scene has three *factors*: names, colours, and places. A change of one factor alone
 gives a near twin, which serves as hard negative; and families of such twins test
@@ -10,8 +10,8 @@ one factor at a time. Half of all scenes have a single colour, so that nobody
 can get by on colours.
 
 Each colour and each symbol is one word, and one token of the nano base, so that a
-masked word cannot be guessed from its own other half. A cell is one merged group of
-patches, so that a masked one cannot be guessed from its own other half either.
+masked word cannot be guessed from its own other half. A cell is four merged groups of
+patches: if some are masked, the others still show what it holds.
 
 Left out: sizes, rotation, overlap. What is where is enough to test composition.
 """
@@ -27,23 +27,26 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # A character, and one word for it.
 NAMES = tuple(
-    "spade heart diamond club star telephone airplane umbrella atom anchor skull queen knight note "
-    "sun cloud moon envelope pencil bolt house flag gear fountain cup flower snowflake tick cross "
-    "omega lambda pi ampersand seven triangle square circle arrow shamrock dollar hand rook king "
-    "bishop euro hash ring infinity".split())
-CHARACTERS = "♠♥♦♣★☎✈☂⚛⚓☠♛♞♪☀☁☾✉✏⚡⌂⚑⚙♨☕✿❄✓✗Ωλπ&7▲■●➔☘$☛♜♚♝€#◯∞"
+    "spade alpha heart diamond beta club star gamma telephone airplane theta umbrella atom "
+    "sigma anchor skull phi queen knight psi note sun two cloud moon three envelope pencil "
+    "four bolt house five flag gear mars fountain cup venus flower snowflake percent tick "
+    "cross pound omega lambda yen pi ampersand plus seven triangle taurus square circle "
+    "gemini arrow shamrock leo dollar hand flask rook king coffin bishop euro trefoil hash "
+    "ring dagger infinity".split())
+CHARACTERS = "♠α♥♦β♣★Γ☎✈θ☂⚛Σ⚓☠φ♛♞ψ♪☀2☁☾3✉✏4⚡⌂5⚑⚙♂♨☕♀✿❄%✓✗£Ωλ¥π&+7▲♉■●♊➔☘♌$☛⚗♜♚⚰♝€☢#◯†∞"
 SYMBOLS = dict(zip(NAMES, CHARACTERS, strict=True))
 COLOURS: dict[str, tuple[int, int, int]] = dict(
     red=(240, 40, 40), orange=(255, 140, 0), yellow=(250, 230, 40), green=(40, 200, 60),
     cyan=(40, 220, 230), blue=(60, 90, 255), purple=(170, 60, 230), white=(245, 245, 245))
-# Alternate ones are known to the nano base and occur in labelled pairs; the others, in
-# stage 1's unlabelled data alone.
-KNOWN, NEW = NAMES[::2], NAMES[1::2]
+# Two of every three symbols, and every other colour, are known to the nano base and occur
+# in labelled pairs; the others, in stage 1's unlabelled data alone.
+NEW = NAMES[2::3]
+KNOWN = tuple(name for name in NAMES if name not in NEW)
 KNOWN_COLOURS, NEW_COLOURS = tuple(COLOURS)[::2], tuple(COLOURS)[1::2]
 FACTORS = ("place", "colour", "name")
 PARTS = ("train", "train", "development", "test")  # of the data, by shares
-CELL = 28  # pixels of a cell's side
-INK = 26  # pixels of a symbol's longer side
+CELL = 56  # pixels of a cell's side
+INK = 50  # pixels of a symbol's longer side
 GROUND = 16  # grey of the ground
 Cell = tuple[str, str] | None  # (colour, symbol)
 
@@ -80,7 +83,7 @@ class Scene:
     """Cells in reading order, `columns` to a row."""
 
     cells: tuple[Cell, ...]
-    columns: int = 2
+    columns: int = 3
 
     def image(self) -> Image.Image:
         """The picture: each symbol in its colour on near-black."""
@@ -103,9 +106,9 @@ class Scene:
         return ", ".join(map(in_words, self.cells))
 
     def description(self, random: np.random.Generator) -> str:
-        """The same of four cells in another wording: what is in which corner, in any
+        """The same of three cells in another wording: what is in which place, in any
         order."""
-        spots = ("top left", "top right", "bottom left", "bottom right")
+        spots = ("left", "middle", "right")
         items = [f"{spot} {in_words(cell)}" for spot, cell in zip(spots, self.cells) if cell]
 
         # Shuffled, so that the place of a word in the text says nothing.
@@ -119,7 +122,7 @@ class Palette:
 
     names: Sequence[str] = NAMES
     colours: Sequence[str] = tuple(COLOURS)
-    one_colour: float = 0.5  # share of scenes in a single colour
+    one_colour: float = 0.6  # share of scenes in a single colour
     empty: float = 0.15  # share of empty cells
     part: str = "train"
 
@@ -133,9 +136,9 @@ class Palette:
         names = sorted(cell[1] for cell in scene.cells if cell)
         return PARTS[zlib.crc32(" ".join(names).encode()) % len(PARTS)] == self.part
 
-    def scene(self, random: np.random.Generator, rows: int = 2, columns: int = 2) -> Scene:
-        """Symbols and colours at random; never all empty, and with two unlike cells if it
-        has two."""
+    def scene(self, random: np.random.Generator, rows: int = 1, columns: int = 3) -> Scene:
+        """Symbols and colours at random; never all empty, and no thing twice, so that there
+        is something to learn and something to swap."""
         one = random.random() < self.one_colour
         while True:
             cells: list[Cell] = [None] * (rows * columns)
@@ -145,10 +148,9 @@ class Palette:
                     colour = colour if one else str(random.choice(self.colours))
                     cells[number] = (colour, str(random.choice(self.names)))
 
-            # From an empty scene there is nothing to learn; in equal cells, nothing to swap.
-            usable = any(cells) and (len(set(cells)) > 1 or len(cells) == 1)
+            full = [cell for cell in cells if cell]
             scene = Scene(tuple(cells), columns)
-            if usable and self.has(scene):
+            if full and len(set(full)) == len(full) and self.has(scene):
                 return scene
 
     def change(self, scene: Scene, factor: str, random: np.random.Generator) -> Scene:

@@ -79,8 +79,8 @@ class BuiltinRecords(Sequence):
     seed: int = 0
 
     PAGES = 0.05  # their share; the rest are scenes
-    TEXTS = 0.05
-    WORDS = 30  # of a passage of text
+    TEXTS = 0.03
+    WORDS = 20  # of a passage of text
 
     def __post_init__(self) -> None:
         """MocaError for a split that is none."""
@@ -101,14 +101,12 @@ class BuiltinRecords(Sequence):
         if roll < self.TEXTS:
             return Record(self.passage(random) + END, [], source)
 
-        # Else a picture; the base gets scenes of one and two cells as well, since they
+        # Else a picture: a page, or a scene of one to three cells, since the smaller ones
         # teach naming much sooner.
         if roll < self.TEXTS + self.PAGES:
-            scene = self.palette.scene(random, int(random.integers(2, 4)), columns=3)
-        elif self.split == "base":
-            scene = self.palette.scene(random, *random.integers(1, 3, 2))
+            scene = self.palette.scene(random, rows=2)
         else:
-            scene = self.palette.scene(random)
+            scene = self.palette.scene(random, columns=int(random.integers(1, 4)))
         return Record(f"{MARK}{scene.caption()}{END}", [scene.image()], source)
 
     def passage(self, random: np.random.Generator) -> str:
@@ -133,7 +131,7 @@ class BuiltinPairs(Sequence):
     split: str
     seed: int  # the splits for testing are the same for every seed
     palette: Palette = LABELLED
-    factors: Sequence[str] = FACTORS  # in which a scene's three twins differ from it
+    factors: Sequence[str] = FACTORS  # in which a scene's twins differ from it
 
     KINDS = {"scene-to-caption": "image-text", "caption-to-scene": "image-text",
              "page-retrieval": "long-document", "long-text": "long-document",
@@ -141,6 +139,7 @@ class BuiltinPairs(Sequence):
     FAMILIES = ("scene-to-caption", "caption-to-scene", "text-pairs")  # of a scene and its twins
     SIZES = {"train": 500, "one-kind": 500, "development": 600, "test": 600}
     PAGES = 200  # queries for pages, when testing
+    TEXTS = 200  # pairs of texts, when training: they are learned sooner
 
     def __post_init__(self) -> None:
         self.kind = self.KINDS[self.name]
@@ -155,6 +154,8 @@ class BuiltinPairs(Sequence):
             return len(self.documents)
         if self.name == "page-retrieval" and self.testing:
             return self.PAGES
+        if self.name == "text-pairs" and not self.testing:
+            return self.TEXTS
         return self.SIZES[self.split]
 
     def __getitem__(self, index: int) -> Pair:
@@ -173,12 +174,13 @@ class BuiltinPairs(Sequence):
         in_family = self.testing and self.name in self.FAMILIES
         random = np.random.default_rng((*self.key, index // 4 if in_family else index))
         if self.name == "page-retrieval":
-            page = self.palette.scene(random, int(random.integers(2, 4)), columns=3)
+            page = self.palette.scene(random, 2, 2)
             query, near = self.palette.page_query(page, random)
             return make_pair(query, [page, near, *self.other_kinds(page.caption())], source)
 
-        # A scene and its twins as hard negatives; when testing, one of the family alone.
-        scenes = self.palette.family(self.palette.scene(random), self.factors, random)
+        # A scene and a twin as hard negative; when testing, one of a family of four alone.
+        factors = self.factors if in_family else [self.factors[index % len(self.factors)]]
+        scenes = self.palette.family(self.palette.scene(random), factors, random)
         if in_family:
             scenes = [scenes[index % 4]]
 
@@ -230,7 +232,7 @@ def factor_tasks(split: str) -> dict[str, BuiltinPairs]:
     families = {"unlabelled symbols": (replace(full, names=NEW), "name"),
                 "labelled symbols": (full, "name"),
                 "unlabelled colours": (Palette(KNOWN, NEW_COLOURS, 0.0, 0.0), "colour"),
-                "places": (LABELLED, "place")}
+                "places": (replace(full, one_colour=0.5), "place")}
     tasks = {}
     for name in ("scene-to-caption", "caption-to-scene"):
         for what, (palette, factor) in families.items():
