@@ -14,7 +14,7 @@ import train_cl
 import train_cpt
 from nano_moca import MocaError, ablate
 from nano_moca.ablate import (
-    ARMS, PANELS, PER_EPOCH, STEPS_1, STEPS_2, SYMBOLS, Flags, difference, recipe, t_975)
+    ARMS, EPOCH, PANELS, PER_EPOCH, STEPS_1, STEPS_2, Flags, difference, recipe)
 from nano_moca.batches import PairBatches
 from nano_moca.builtin import base, builtin_tasks
 from nano_moca.config import BASE
@@ -162,8 +162,8 @@ def test_a_task_gets_as_many_steps_whatever_tasks_are_dropped() -> None:
     for name, task in tasks.items():
         by_kind[task.kind] = by_kind.get(task.kind, 0) + counts[name]
     assert {kind: by_kind[kind] for kind in PER_EPOCH} == PER_EPOCH
-    assert sum(counts.values()) == 33
-    epochs = STEPS_2 / 33
+    assert sum(counts.values()) == EPOCH
+    epochs = STEPS_2 / EPOCH
     for name in ("no-documents", "no-text-pairs"):
         steps = int(recipe(ARMS[name])["stage 2"].split("--steps ")[1].split()[0])
         assert steps == round(STEPS_2 - epochs * PER_EPOCH[ARMS[name].without])
@@ -175,16 +175,14 @@ def test_the_table_is_of_the_default_recipe() -> None:
 
 
 def test_the_interval_of_a_difference() -> None:
-    """Beside Student's t of tables, and by drawing: of equal arms 95 % of intervals hold zero."""
-    for freedom, exact in ((2, 4.303), (3, 3.182), (4, 2.776), (8, 2.306), (30, 2.042)):
-        assert t_975(freedom) == pytest.approx(exact, rel=0.035)
+    """By drawing: of equal arms at least 95 % of intervals hold zero, and not nearly all."""
     assert math.isnan(difference(np.ones(1), np.ones(3))[1])
     random = np.random.default_rng(0)
     held = 0
     for _ in range(2000):
         gap, half = difference(random.normal(size=5), random.normal(size=5))
         held += abs(gap) <= half
-    assert 0.935 < held / 2000 < 0.97
+    assert 0.945 < held / 2000 < 0.985
 
 
 def test_a_smaller_base_is_made_once(made: list, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from nano_moca.builtin.scenes import (
 from nano_moca.files import MocaError
 
 END = "<|im_end|>"
+# What stands beside a picture that is an answer, as in MMEB, and beside one that asks.
+SHOWN = "Represent what this picture shows from left to right."
+ASKED = "Find a caption of what this picture shows from left to right."
 # And what seeds them. The last: stage 2's pairs, without candidates of other kinds.
 SPLITS = {"train": 0, "development": 1, "test": 2, "base": 3, "one-kind": 0}
 MODULES = (
@@ -189,7 +192,7 @@ class BuiltinPairs(Sequence):
         captions = list(map(Scene.caption, scenes))
         if self.name == "scene-to-caption":
             answers = [*captions, *self.other_kinds(scenes[0])]
-            return make_pair(scenes[0], answers, source, "Find a caption.")
+            return make_pair(scenes[0], answers, source, ASKED)
         if self.name == "caption-to-scene":
             answers = [*scenes, *self.other_kinds(captions[0])]
             return make_pair(captions[0], answers, source, "Find a picture: ")
@@ -209,11 +212,13 @@ def make_pair(query: Scene | str, answers: Sequence[Scene | str], source: str,
     """A pair of records. answers: the right one, then the hard negatives. wanted: the
     query's instruction, before a text and after a picture."""
     records = []
-    for item, said in zip((query, *answers), (wanted, *[""] * len(answers)), strict=True):
-        # A scene is its picture alone: its caption would give the answer away.
+    for number, item in enumerate((query, *answers)):
+        # A picture has no caption beside it: that would give the answer away.
         if isinstance(item, Scene):
+            said = SHOWN if number else wanted
             records.append(Record(f"{MARK}{said}{END}", [item.image()], source))
         else:
+            said = "" if number else wanted
             records.append(Record(said + item + END, [], source))
     return Pair(records[0], records[1], records[2:])
 
