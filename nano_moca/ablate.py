@@ -3,8 +3,8 @@
     python -m nano_moca.ablate [--arms full,none] [--seeds 5] [--table FILE]
 
 Each arm is both stages with other flags, over some seeds; all are judged by the same
-unseen pairs (`nano_moca.evaluate builtin`). Runs go two at a time, one thread each, a
-few minutes a run. Interrupted ones resume; what stands in the table with the same
+unseen pairs (`nano_moca.evaluate builtin`). Runs go two at a time, one thread each, up
+to a quarter of an hour a run. Interrupted ones resume; what stands in the table with the same
 recipe is not run again. Writes ablations.json (by arm and seed: recipe, hardware,
 minutes, all scores) and ablations.png beside it. Notebook 6 reads them beside the
 paper's own table.
@@ -48,7 +48,7 @@ def reading(path: Path) -> Iterator[None]:
         raise MocaError(f"{path} is not ours, or damaged ({error!r}): move it away") from None
 
 
-STEPS_1, STEPS_2 = 1000, 290  # of the full recipe; stage 2: ten epochs
+STEPS_1, STEPS_2 = 2000, 232  # of the full recipe; stage 2: eight epochs
 EPOCH = 29  # steps of one, and of them those of a kind
 PER_EPOCH = {"long-document": 12, "text-only": 3}
 UNLABELLED = ("scene-to-caption, unlabelled symbols", "caption-to-scene, unlabelled symbols")

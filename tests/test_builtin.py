@@ -20,9 +20,10 @@ from nano_moca import builtin
 from nano_moca.batch import MARK, Record
 from nano_moca.builtin import (
     ALL, CELL, COLOURS, FACTORS, GROUND, KNOWN, KNOWN_COLOURS, LABELLED, NAMES, NEW, NEW_COLOURS,
-    BuiltinPairs, BuiltinRecords, Palette, Scene, base, builtin_tasks, factor_tasks)
+    BuiltinRecords, Palette, Scene, base, builtin_tasks, factor_tasks)
 from nano_moca.builtin.base import WORDS, make_tokenizer
 from nano_moca.builtin.scenes import PARTS, glyph
+from nano_moca.builtin.tasks import SHOWN
 from nano_moca.config import BASE
 from nano_moca.families import load_config
 from nano_moca.files import MocaError
@@ -216,7 +217,7 @@ def things(records: list[Record]) -> set:
                      for y in range(0, len(pixels), CELL) for x in range(0, pixels.shape[1], CELL)]
             seen.add(tuple(sorted(cells)))
         words = record.text.replace(MARK, "").removesuffix(builtin.END)
-        if words:
+        if words and words != SHOWN:  # what stands beside every picture
             seen.add(tuple(sorted(words.split(", "))))
     return seen
 

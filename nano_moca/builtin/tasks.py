@@ -232,12 +232,13 @@ def builtin_tasks(split: str = "train", seed: int = 0) -> dict[str, BuiltinPairs
 
 def factor_tasks(split: str) -> dict[str, BuiltinPairs]:
     """Scenes and captions in families that differ in one factor alone: what no labelled
-    pair showed, and beside it what they did."""
+    pair showed, and beside it what they did. Symbols are tested in scenes of a single
+    colour, and a scene's twins have the same: colours alone find the right quarter."""
     full = replace(LABELLED, one_colour=1.0, empty=0.0)
     families = {"unlabelled symbols": (replace(full, names=NEW), "name"),
                 "labelled symbols": (full, "name"),
                 "unlabelled colours": (Palette(KNOWN, NEW_COLOURS, 0.0, 0.0), "colour"),
-                "places": (replace(full, one_colour=0.5), "place")}
+                "places": (replace(full, one_colour=0.6), "place")}
     tasks = {}
     for name in ("scene-to-caption", "caption-to-scene"):
         for what, (palette, factor) in families.items():

@@ -66,16 +66,15 @@ class Ranking:
         places = self.places()
         ranked = 1 + (~self.also_right).sum(1)  # [Q]: its own answer, and all wrong ones
         gains = np.where(places <= 5, 1 / np.log2(1 + places), 0.0)  # [Q]
+        figures = {
+            "recall@1": places <= 1, "recall@10": places <= 10, "ndcg@5": gains,
+            "chance recall@1": 1 / ranked, "chance recall@10": np.minimum(1, 10 / ranked)}
+
         weights = 1 / np.repeat(sizes, sizes) if sizes else None  # [Q]
-
-        def mean(values: np.ndarray) -> float:
-            return float(np.average(values, weights=weights))
-
-        return {
-            "recall@1": mean(places <= 1), "recall@10": mean(places <= 10), "ndcg@5": mean(gains),
-            "queries": len(places), "candidates": len(self.candidates),
-            "chance recall@1": mean(1 / ranked),
-            "chance recall@10": mean(np.minimum(1, 10 / ranked))}
+        scores = {}
+        for name, values in figures.items():
+            scores[name] = float(np.average(values, weights=weights))
+        return scores | {"queries": len(places), "candidates": len(self.candidates)}
 
     def twins_beaten(self, size: int) -> float:
         """How often the right answer is nearer than a twin's, where queries come in
