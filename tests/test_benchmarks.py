@@ -3,6 +3,7 @@ vectors; what is wrong with the data; and what an interrupted evaluation keeps."
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -94,8 +95,8 @@ def by_content(spread: int | None = None) -> Vectors:
     """An encoder without meaning: a random unit vector for each content, or one of `spread`
     axes."""
     def vector(record: Record) -> np.ndarray:
-        seed = int.from_bytes(repr(content(record)).encode()[-64:], "big")
-        random = np.random.default_rng([len(repr(content(record))), seed])
+        digest = hashlib.sha256(repr(content(record)).encode()).digest()
+        random = np.random.default_rng(int.from_bytes(digest, "big"))
         if spread:
             return axis(int(random.integers(spread)))
         made = random.normal(size=WIDTH).astype(np.float32)
