@@ -6,7 +6,7 @@ stage 1's own script under the next-token loss, on scenes of the symbols that it
 
     python -m nano_moca.builtin [flags of train_cpt.py]
 
-learns the tokenizer and trains from scratch, in about half an hour on one core.
+learns the tokenizer and trains from scratch, in about four minutes on one core.
 """
 
 import shutil
