@@ -355,7 +355,7 @@ class PairBatches(Steps):
                 by_rank[-1] += pairs[item].records[2:]
             tokens += sum(len(record.tokens) for record in by_rank[-1])
 
-        # Another rank may need more chunks.
+        # Another rank may need more chunks: the cheapest record stands in for an empty one.
         divided = [cut(records, self.chunk) for records in by_rank]
         chunks = divided[self.rank]
         chunks += [[]] * (max(map(len, divided)) - len(chunks))
