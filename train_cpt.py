@@ -43,6 +43,8 @@ class Flags(CommonFlags):
     accumulate: int = flag(1, "micro-batches per step on each rank", low=1, high=100_000)
     objective: str = flag("restore", "training objective", choices=("restore", "next-token"))
     text_mask: float = flag(0.4, "share of text tokens masked; 0 turns MLM off", low=0, high=1)
+    unhidden: float = flag(0.2, "share of masked tokens that keep their word, and share that "
+                           "show a random one; MoCa: 0, BERT: 0.1", low=0, high=0.5)
     image_mask: float = flag(0.5, "share of patch groups masked; 0 turns MAE off", low=0, high=1)
     mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0, high=1e4)
 
@@ -62,7 +64,8 @@ def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags, worl
             if flags.objective == "next-token":
                 masked = next_token_batch(batch, processor)
             else:
-                masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, keys)
+                masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, keys,
+                                    flags.unhidden)
             micro_batches.append(masked.to(world.device))
         yield drawn, micro_batches
 

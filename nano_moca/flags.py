@@ -50,7 +50,7 @@ class CommonFlags:
     processor: str = flag(None, "whose tokenizer and image settings to take (default: --model's)")
     allow_extra: bool = flag(False, "accept tensors in --model that no part of it wants")
     output: str = flag("runs/cpt", "folder for log, checkpoint, model and pictures")
-    steps: int = flag(1000, "optimiser steps", low=1)
+    steps: int = flag(2000, "optimiser steps", low=1)
     min_pixels: int = flag(None, "smallest image area (default: the checkpoint's)", low=1)
     max_pixels: int = flag(None, "largest image area (default: the checkpoint's)", low=1)
 

@@ -45,17 +45,26 @@ class MaskedBatch(Sendable):
 
 
 def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate: float,
-               keys: Sequence[tuple[int, ...]]) -> MaskedBatch:
+               keys: Sequence[tuple[int, ...]], unhidden: float = 0.0) -> MaskedBatch:
     """Mask each text token with probability `text_rate`, each group with `image_rate`.
 
     keys: N tuples of integers, the seeds of each record's random numbers. Special
     tokens and image tokens are never masked as text. A record may lose nothing: a
     loss over nothing is zero.
+
+    unhidden: of the masked tokens, the share that in truth keep their word, and the share
+    that show a random one instead of the mask token. All are restored, so the model must
+    ask of every word that it sees whether it belongs there. MoCa: 0. BERT (arXiv
+    1810.04805): 0.1.
     """
     # Group number j belongs to the token image_index[j]. Image tokens are special tokens.
     maskable = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
 
+    # What may stand in a word's place: any text token that has an id.
+    words = processor.words  # [W]
+
     # Filled record by record. True: masked.
+    shown = batch.tokens.clone()  # [T]
     token_masked = torch.zeros_like(maskable)  # [T]
     group_masked = torch.zeros(len(batch.pixels), dtype=torch.bool)  # [J]
     vision = processor.config.vision
@@ -73,7 +82,14 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
         # token is masked.
         own_tokens = start + maskable[start:end].nonzero().flatten()  # their places in T
         uniform = torch.from_numpy(text_rng.random(len(own_tokens), np.float32))
-        token_masked[own_tokens[uniform < text_rate]] = True
+        masked_tokens = own_tokens[uniform < text_rate]
+        token_masked[masked_tokens] = True
+
+        # What is seen there: the mask token, a random word, or the word itself.
+        fate = torch.from_numpy(text_rng.random(len(masked_tokens), np.float32))
+        others = words[text_rng.integers(len(words), size=len(masked_tokens))]
+        seen = torch.where(fate < 2 * unhidden, others, processor.mask_token)
+        shown[masked_tokens] = torch.where(fate < unhidden, shown[masked_tokens], seen)
 
         # Image: one uniform number per group of this record ...
         inside = (batch.image_index >= start) & (batch.image_index < end)  # [J]
@@ -88,7 +104,7 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
     noised = group_masked.nonzero().flatten()  # [G], in the order of their noise
     return MaskedBatch(
         batch=replace(batch, noised=noised, noise=torch.from_numpy(np.concatenate(noise)),
-                      tokens=batch.tokens.masked_fill(token_masked, processor.mask_token)),
+                      tokens=shown),
         text_index=token_masked.nonzero().flatten(),
         labels=batch.tokens[token_masked],
         group_index=batch.image_index[noised])

@@ -184,10 +184,11 @@ class Processor:
                 raise MocaError(f"{source}: {token} is {ids.get(token)}, in config.json it is "
                                 f"{config.raw.get(key)}: take both from one checkpoint")
 
-        # Stage 1 masks none of these.
+        # Stage 1 masks none of these, and shows no other word in their place.
         special = {number for number, token in added.items() if token.special}
         special |= {self.image_token, self.mask_token}
         self.special_tokens = torch.tensor(sorted(special))  # int64
+        self.words = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))  # int64
 
     @classmethod
     def load(cls, folder: Path, config: Config, min_pixels: int | None = None,

@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import nano_moca
-from nano_moca.builtin import END, KNOWN, NAMES, SPLITS, BuiltinPairs, random_scene
+from nano_moca.builtin import END, KNOWN, LABELLED, NEW, SPLITS, BuiltinPairs, Palette
 from nano_moca.report.ranking import rank_pairs
 from stages import draw_stages
 
@@ -36,10 +36,10 @@ FIGURES = ROOT / "notebooks" / "figures"
 def caption_scores(
     moca: nano_moca.Moca, names: tuple[str, ...], count: int = 500
 ) -> dict:
-    """How the model captions unseen 2 x 2 scenes of these symbols: shares of words and of
-    captions."""
+    """How the model captions unseen scenes of these symbols: shares of words and of captions."""
     random = np.random.default_rng((0, SPLITS["test"], len(names)))
-    scenes = [random_scene(random, names) for _ in range(count)]
+    palette = Palette(names, LABELLED.colours, part="test")
+    scenes = [palette.scene(random) for _ in range(count)]
     items = [{"text": nano_moca.MARK, "images": [scene.image()]} for scene in scenes]
     said = moca.caption(items, 20)
     pairs = [(answer.split(), scene.caption().split()) for answer, scene in zip(said, scenes)]
@@ -49,10 +49,10 @@ def caption_scores(
 
 
 def draw_captions() -> None:
-    """Two rows of scenes: of the symbols the base knows, and of all; wrong words in red."""
+    """Two rows of scenes: of the symbols the base knows, and of others; wrong words in red."""
     moca = nano_moca.load(ROOT / "nano_moca" / "base", "cpu")
     figure, axes = plt.subplots(2, 6, figsize=(12, 5.6))
-    for row, (names, title) in zip(axes, ((KNOWN, "known symbols"), (NAMES, "all symbols"))):
+    for row, (names, title) in zip(axes, ((KNOWN, "known symbols"), (NEW, "new symbols"))):
         scores = caption_scores(moca, names)
         words, whole = scores["words"], scores["captions"]
         print(f"{title}: {words:.1%} of words, {whole:.1%} of captions right")

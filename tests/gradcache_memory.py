@@ -35,7 +35,7 @@ def write(folder: Path) -> Path:
         cells = []
         for k in range(4):
             cells.append((colours[(i + 3 * k) % 8], NAMES[(i * (k + 1) + k) % len(NAMES)]))
-        scene = Scene(tuple(cells))
+        scene = Scene(tuple(cells), columns=2)
         scene.image().save(folder / f"{i}.png")
 
         query = {"text": MARK, "images": [f"{i}.png"]}

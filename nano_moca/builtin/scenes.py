@@ -1,17 +1,22 @@
 """Scenes and pages: pictures whose every detail a caption can say.
 
-A *scene* is compositional: four cells, each empty or one of 48 symbols in one of 8
-colours, with the caption "red anchor, blue star, nothing, yellow snowman". A *page*
-is a larger grid of the same symbols, found by a query that names two or three of its
-items.
+A *scene* is compositional: three cells in a row, each empty or one of 72 symbols in one
+of 8 colours, with the caption "a red anchor, an orange star, nothing". A *page* has four
+or six cells, and is found by a query that names two of its items.
+
+A scene has three *factors*: names, colours, and places. A change of one factor alone
+gives a near twin, which serves as hard negative; and families of such twins test
+one factor at a time. Half of all scenes have a single colour, so that nobody
+can get by on colours.
 
 Each colour and each symbol is one word, and one token of the nano base, so that a
-masked word cannot be guessed from its own other half. Near *twins* of a scene have two
-cells swapped, one colour changed or one symbol changed: they are the hard negatives.
+masked word cannot be guessed from its own other half. A cell is four merged groups of
+patches: if some are masked, the others still show what it holds.
 
 Left out: sizes, rotation, overlap. What is where is enough to test composition.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,24 +25,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-# A character, and the one word of its Unicode name that identifies it.
+# A character, and one word for it.
 NAMES = tuple(
-    "spade heart diamond club star telephone airplane umbrella snowman anchor skull queen knight "
-    "note sun cloud moon scissors envelope pencil voltage yin peace house flag swords gear springs "
-    "beverage florette snowflake check ballot infinity omega lamda pi section ampersand at "
-    "question seven triangle square circle male female arrow".split())
-CHARACTERS = "♠♥♦♣★☎✈☂☃⚓☠♛♞♪☀☁☾✂✉✏⚡☯☮⌂⚑⚔⚙♨☕✿❄✓✗∞Ωλπ§&@?7▲■●♂♀➔"
+    "spade alpha heart diamond beta club star gamma telephone airplane theta umbrella atom "
+    "sigma anchor skull phi queen knight psi note sun two cloud moon three envelope pencil "
+    "four bolt house five flag gear mars fountain cup venus flower snowflake percent tick "
+    "cross pound omega lambda yen pi ampersand plus seven triangle taurus square circle "
+    "gemini arrow shamrock leo dollar hand flask rook king coffin bishop euro trefoil hash "
+    "ring dagger infinity".split())
+CHARACTERS = "♠α♥♦β♣★Γ☎✈θ☂⚛Σ⚓☠φ♛♞ψ♪☀2☁☾3✉✏4⚡⌂5⚑⚙♂♨☕♀✿❄%✓✗£Ωλ¥π&+7▲♉■●♊➔☘♌$☛⚗♜♚⚰♝€☢#◯†∞"
 SYMBOLS = dict(zip(NAMES, CHARACTERS, strict=True))
-# The nano base knows alternate ones: the first, third, fifth, ...
-KNOWN = NAMES[::2]
-NEW = NAMES[1::2]
 COLOURS: dict[str, tuple[int, int, int]] = dict(
     red=(240, 40, 40), orange=(255, 140, 0), yellow=(250, 230, 40), green=(40, 200, 60),
     cyan=(40, 220, 230), blue=(60, 90, 255), purple=(170, 60, 230), white=(245, 245, 245))
+# Two of every three symbols, and every other colour, are known to the nano base and occur
+# in labelled pairs; the others, in stage 1's unlabelled data alone.
+NEW = NAMES[2::3]
+KNOWN = tuple(name for name in NAMES if name not in NEW)
+KNOWN_COLOURS, NEW_COLOURS = tuple(COLOURS)[::2], tuple(COLOURS)[1::2]
+FACTORS = ("place", "colour", "name")
+PARTS = ("train", "train", "development", "test")  # of the data, by shares
 CELL = 56  # pixels of a cell's side
 INK = 50  # pixels of a symbol's longer side
 GROUND = 16  # grey of the ground
-EMPTY = 0.2  # share of empty cells
 Cell = tuple[str, str] | None  # (colour, symbol)
 
 
@@ -60,12 +70,20 @@ def glyph(name: str) -> np.ndarray:
     return np.asarray(cell, np.float32) / 255
 
 
+def in_words(cell: Cell) -> str:
+    """A cell in English: "a red sun", "an orange sun", "nothing"."""
+    if cell is None:
+        return "nothing"
+    article = "an" if cell[0] == "orange" else "a"
+    return f"{article} {' '.join(cell)}"
+
+
 @dataclass(frozen=True)
 class Scene:
     """Cells in reading order, `columns` to a row."""
 
     cells: tuple[Cell, ...]
-    columns: int = 2
+    columns: int = 3
 
     def image(self) -> Image.Image:
         """The picture: each symbol in its colour on near-black."""
@@ -85,77 +103,102 @@ class Scene:
 
     def caption(self) -> str:
         """What is in the cells, in reading order."""
-        return ", ".join(" ".join(cell) if cell else "nothing" for cell in self.cells)
+        return ", ".join(map(in_words, self.cells))
 
     def description(self, random: np.random.Generator) -> str:
-        """The same of four cells in another wording: what is in which corner, in any
+        """The same of three cells in another wording: what is in which place, in any
         order."""
-        spots = ("top left", "top right", "bottom left", "bottom right")
-        items = [f"{spot} a {' '.join(cell)}" for spot, cell in zip(spots, self.cells) if cell]
+        spots = ("left", "middle", "right")
+        items = [f"{spot} {in_words(cell)}" for spot, cell in zip(spots, self.cells) if cell]
 
         # Shuffled, so that the place of a word in the text says nothing.
         order = random.permutation(len(items))
         return ", ".join(items[i] for i in order)
 
 
-def random_scene(random: np.random.Generator, names: Sequence[str] = NAMES, rows: int = 2,
-                 columns: int = 2) -> Scene:
-    """Symbols and colours at random; never all empty, and with two unlike cells if it
-    has two."""
-    colours = list(COLOURS)
-    while True:
-        cells: list[Cell] = [None] * (rows * columns)
-        for number in range(len(cells)):
-            if random.random() >= EMPTY:
-                colour = colours[random.integers(len(colours))]
-                name = names[random.integers(len(names))]
-                cells[number] = (colour, name)
+@dataclass(frozen=True)
+class Palette:
+    """Draws scenes of given symbols and colours that belong to one part of the data."""
 
-        # From an empty scene there is nothing to learn; in equal cells, nothing to swap.
-        if any(cells) and (len(set(cells)) > 1 or len(cells) == 1):
-            return Scene(tuple(cells), columns)
+    names: Sequence[str] = NAMES
+    colours: Sequence[str] = tuple(COLOURS)
+    one_colour: float = 0.6  # share of scenes in a single colour
+    empty: float = 0.15  # share of empty cells
+    part: str = "train"
 
+    def has(self, scene: Scene) -> bool:
+        """Whether a scene belongs to this part: half of all do to "train", a quarter each to
+        "test" and "development".
 
-def twins(scene: Scene, random: np.random.Generator, names: Sequence[str] = NAMES) -> list[Scene]:
-    """Three near misses: two cells swapped, one colour changed, one symbol changed."""
-    # The swap, of two cells that differ: the same words in another order.
-    cells = scene.cells
-    unlike = []
-    for i in range(len(cells)):
-        for j in range(i):
-            if cells[i] != cells[j]:
-                unlike.append((i, j))
-    i, j = unlike[random.integers(len(unlike))]
-    swapped = list(cells)
-    swapped[i], swapped[j] = cells[j], cells[i]
+        What decides is which symbols it holds: of what is tested, no other arrangement or
+        colouring is in the training data either.
+        """
+        names = sorted(cell[1] for cell in scene.cells if cell)
+        return PARTS[zlib.crc32(" ".join(names).encode()) % len(PARTS)] == self.part
 
-    # Then one word replaced: first a colour, then a symbol.
-    family = [swapped]
-    full = [number for number, cell in enumerate(cells) if cell]
-    for part, words in enumerate((COLOURS, names)):
+    def scene(self, random: np.random.Generator, rows: int = 1, columns: int = 3) -> Scene:
+        """Symbols and colours at random; never all empty, and no thing twice, so that there
+        is something to learn and something to swap."""
+        one = random.random() < self.one_colour
+        while True:
+            cells: list[Cell] = [None] * (rows * columns)
+            colour = str(random.choice(self.colours))
+            for number in range(len(cells)):
+                if random.random() >= self.empty:
+                    colour = colour if one else str(random.choice(self.colours))
+                    cells[number] = (colour, str(random.choice(self.names)))
+
+            full = [cell for cell in cells if cell]
+            scene = Scene(tuple(cells), columns)
+            if full and len(set(full)) == len(full) and self.has(scene):
+                return scene
+
+    def change(self, scene: Scene, factor: str, random: np.random.Generator) -> Scene:
+        """A near miss that differs in one factor: two cells swapped, one colour changed or
+        one symbol changed."""
+        cells = list(scene.cells)
+        full = [number for number, cell in enumerate(cells) if cell]
         number = int(random.choice(full))
-        changed = list(cells[number])
-        others = [word for word in words if word != changed[part]]
-        changed[part] = str(random.choice(others))
-        twin = list(cells)
-        twin[number] = tuple(changed)
-        family.append(twin)
-    return [replace(scene, cells=tuple(twin)) for twin in family]
+        colour, name = cells[number]
+
+        # The same words in another order, or one word replaced.
+        if factor == "place":
+            other = int(random.integers(len(cells)))
+            cells[number], cells[other] = cells[other], cells[number]
+        elif factor == "colour":
+            cells[number] = (str(random.choice(self.colours)), name)
+        else:
+            cells[number] = (colour, str(random.choice(self.names)))
+        return replace(scene, cells=tuple(cells))
+
+    def family(self, scene: Scene, factors: Sequence[str], random: np.random.Generator
+               ) -> list[Scene]:
+        """The scene and one near miss for each of `factors`, all different."""
+        family = [scene]
+        for factor in factors:
+            twin = scene
+            while twin in family or not self.has(twin):
+                twin = self.change(scene, factor, random)
+            family.append(twin)
+        return family
+
+    def page_query(self, page: Scene, random: np.random.Generator) -> tuple[str, Scene]:
+        """A question that names two of a page's items, and a near page that lacks the
+        first of them."""
+        # Sorted, since the order of a set changes from process to process.
+        items = sorted(set(page.cells) - {None})
+        order = random.permutation(len(items))
+        chosen = [items[i] for i in order[:2]]
+
+        # The near page has another symbol of the same colour wherever that item stands.
+        near = page
+        while chosen[0] in near.cells or not self.has(near):
+            other = (chosen[0][0], str(random.choice(self.names)))
+            cells = [other if cell == chosen[0] else cell for cell in page.cells]
+            near = replace(page, cells=tuple(cells))
+        named = " and ".join(map(in_words, chosen))
+        return f"Find a page with {named}", near
 
 
-def page_query(page: Scene, random: np.random.Generator, names: Sequence[str] = NAMES
-               ) -> tuple[str, Scene]:
-    """A question that names two or three of a page's items, and a near page that lacks
-    the first of them."""
-    # Sorted, since the order of a set changes from process to process.
-    items = sorted(set(page.cells) - {None})
-    order = random.permutation(len(items))
-    chosen = [items[i] for i in order[: random.integers(2, 4)]]
-
-    # The near page has another symbol of the same colour wherever that item stands.
-    colour = chosen[0][0]
-    others = [name for name in names if (colour, name) not in items]
-    other = (colour, str(random.choice(others)))
-    near = tuple(other if cell == chosen[0] else cell for cell in page.cells)
-    *first, last = map(" ".join, chosen)
-    return f"a page with {', '.join(first)} and {last}", replace(page, cells=near)
+ALL = Palette()
+LABELLED = Palette(KNOWN, KNOWN_COLOURS)

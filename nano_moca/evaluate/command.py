@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from nano_moca.batch import MARK
-from nano_moca.builtin import NEW, BuiltinPairs, builtin_tasks
+from nano_moca.builtin import builtin_tasks, factor_tasks
 from nano_moca.convert.rows import FILE_KINDS
 from nano_moca.convert.sources import find_files
 from nano_moca.data import make_record, open_rows
@@ -131,13 +131,25 @@ def embed_file(flags: EmbedFlags) -> None:
 
 
 def score_builtin(embed: Embed, flags: BuiltinFlags) -> Scores:
-    """The built-in tasks, and scenes of symbols that the nano base never met."""
-    # In a scene of both kinds of symbols the known ones may be enough.
+    """The built-in tasks; families of scenes that differ in one factor alone; and all
+    tasks once more with one shelf for all of their answers."""
     tasks = builtin_tasks(flags.split)
-    for name in ("scene-to-caption", "caption-to-scene"):
-        tasks[f"{name}, new symbols"] = BuiltinPairs(name, flags.split, 0, NEW)
+    own_shelf = []
     for name, task in tasks.items():
-        yield name, rank_pairs(task, embed).scores()
+        scores = rank_pairs(task, embed).scores()
+        own_shelf.append((scores["recall@1"], scores["recall@10"]))
+        yield name, scores
+
+    # Each scene stands beside its three twins.
+    for name, task in factor_tasks(flags.split).items():
+        ranking = rank_pairs(task, embed)
+        yield name, ranking.scores() | {"twins beaten": ranking.twins_beaten(4)}
+
+    # Every task counts alike, whatever its size, here as on its own shelf.
+    shelf = rank_pairs(Joined(tasks.values()), embed)
+    scores = shelf.scores([len(task) for task in tasks.values()])
+    own = np.mean(own_shelf, axis=0)
+    yield "mixed shelf", scores | {"own shelf recall@1": own[0], "own shelf recall@10": own[1]}
 
 
 def score_folders(benchmark: Any, embed: Embed, flags: Any) -> Scores:

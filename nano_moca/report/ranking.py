@@ -56,17 +56,33 @@ class Ranking:
         before = ~below & ~self.also_right
         return 1 + before.sum(1)
 
-    def scores(self) -> dict[str, float]:
+    def scores(self, sizes: Sequence[int] = ()) -> dict[str, float]:
         """Recall@1 and @10, nDCG@5 with the one right answer, and what guessing would
-        score."""
+        score.
+
+        sizes: of several tasks one after the other, each of which is to count alike;
+        none: every query counts alike.
+        """
         places = self.places()
         ranked = 1 + (~self.also_right).sum(1)  # [Q]: its own answer, and all wrong ones
         gains = np.where(places <= 5, 1 / np.log2(1 + places), 0.0)  # [Q]
-        return {
-            "recall@1": float((places <= 1).mean()), "recall@10": float((places <= 10).mean()),
-            "ndcg@5": float(gains.mean()), "queries": len(places),
-            "candidates": len(self.candidates), "chance recall@1": float((1 / ranked).mean()),
-            "chance recall@10": float(np.minimum(1, 10 / ranked).mean())}
+        figures = {
+            "recall@1": places <= 1, "recall@10": places <= 10, "ndcg@5": gains,
+            "chance recall@1": 1 / ranked, "chance recall@10": np.minimum(1, 10 / ranked)}
+
+        weights = 1 / np.repeat(sizes, sizes) if sizes else None  # [Q]
+        scores = {}
+        for name, values in figures.items():
+            scores[name] = float(np.average(values, weights=weights))
+        return scores | {"queries": len(places), "candidates": len(self.candidates)}
+
+    def twins_beaten(self, size: int) -> float:
+        """How often the right answer is nearer than a twin's, where queries come in
+        families of `size` twins. Guessing: 0.5."""
+        own = np.take_along_axis(self.similarities, self.right[:, None], 1)  # [Q, 1]
+        answers = self.right.reshape(-1, size).repeat(size, axis=0)  # [Q, size]: its family's
+        beaten = np.take_along_axis(self.similarities, answers, 1) < own  # [Q, size]
+        return float(beaten.sum() / (len(own) * (size - 1)))
 
 
 def rank_pairs(pairs: Sequence[Pair], embed: Embed) -> Ranking:
