@@ -50,7 +50,7 @@ class Flags(CommonFlags):
                       "stage 1's output, or the nano base if there is none")
     data: str = flag("builtin", ".jsonl, .parquet or .arrow file of pairs, a folder, or several")
     output: str = flag("runs/cl", "folder for log, checkpoint, model and pictures")
-    steps: int = flag(232, "optimiser steps", low=1)
+    steps: int = flag(290, "optimiser steps", low=1)
     learning_rate: float = flag(5e-4, "peak value; 2e-5 for 3B and 7B", low=0, high=1)
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises", low=0, high=1)
     batch: int = flag(64, "pairs per step over all ranks", low=2)

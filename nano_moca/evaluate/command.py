@@ -39,7 +39,7 @@ from nano_moca.batch import MARK
 from nano_moca.builtin import builtin_tasks, factor_tasks
 from nano_moca.convert.rows import FILE_KINDS
 from nano_moca.convert.sources import find_files
-from nano_moca.data import make_record, open_rows
+from nano_moca.data import Joined, make_record, open_rows
 from nano_moca.evaluate import mmeb, vidore
 from nano_moca.evaluate.vectors import image_files, make_embedder, save_vectors
 from nano_moca.files import MocaError, beside, one_line, regular_file, write_json, writing
