@@ -16,6 +16,7 @@ A run that goes on has to be the same run. Files that are damaged, missing, of t
 of two steps are refused, and so are other flags or other data.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,9 @@ def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
         raise MocaError(f"--resume: the checkpoint says nothing of {', '.join(sorted(lacking))}: "
                         "resume with the stage and version that wrote it, or start anew")
 
-    # A checkpoint that is older than a flag does not name it: nothing to compare.
-    for name, before in saved["flags"].items():
+    # A checkpoint that is older than a flag does not name it: it ran with what is the default.
+    defaults = {field.name: field.default for field in fields(flags)}
+    for name, before in (defaults | saved["flags"]).items():
         if name not in MAY_CHANGE and getattr(flags, str(name), None) != before:
             raise MocaError(f"--resume: --{str(name).replace('_', '-')} was {before}: give the "
                             "same flags, or start anew without --resume")
