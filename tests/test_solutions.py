@@ -1,0 +1,161 @@
+"""The five changes of notebooks/change_it.md can be made, and their checks know it.
+
+Each patch of solutions/ still applies to the package, and with it notebooks/check_change.py
+says "right", which includes some steps of the stage that is changed. Without it the check
+says what is missing; with a patch of solutions/traps/, which does what first comes to
+mind, it says what is wrong.
+
+All run in copies of the repository. One process imports torch, and forks one for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOLUTIONS = sorted((ROOT / "tests" / "solutions").glob("*.patch"))
+# What the check says of each trap.
+TRAPS = {
+    "1_the_last_step_stands_still": "the last step's rate is 0",
+    "2_the_report_masks_scattered_groups": "report still judges",
+    "2_one_grid_for_all_images": "its own rows and columns",
+    "3_short_vectors_are_not_unit": "not of unit length",
+    "4_no_family_when_testing": "FAMILIES",
+    "5_the_report_is_not_in_pixels": "does not judge in pixels",
+    "5_one_mean_per_group": "per patch, not per group",
+}
+PAGE = ROOT / "notebooks" / "change_it.md"
+
+# Forks a process for each (name, folder, number of the check), one after the other.
+DRIVER = """
+import json, os, sys
+import matplotlib.pyplot, numpy, PIL.Image, safetensors.torch, tokenizers, tqdm
+import torch, torch.distributed.fsdp, torch.distributed.device_mesh
+
+torch.set_num_threads(1)
+for name, folder, number in json.load(sys.stdin):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        os.chdir(folder)
+        sys.path.insert(0, os.path.join(folder, "notebooks"))
+        import check_change
+        os.write(write, check_change.check(number).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        print(json.dumps([name, said.read()]), flush=True)
+    os.waitpid(child, 0)
+"""
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """What the checks need of it."""
+    for name in ("nano_moca", "train_cpt.py", "train_cl.py", "notebooks/check_change.py"):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
+    return folder
+
+
+def apply(patch: Path, folder: Path) -> None:
+    """Change a copy. A patch that does not apply any more is named, with what git says."""
+    # Git must not take a repository around the folder for ours. One line of context will do.
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    done = subprocess.run(["git", "apply", "-C1", str(patch)], cwd=folder, capture_output=True,
+                          text=True, env=alone)
+    assert not done.returncode, (
+        f"{patch.relative_to(ROOT)} no longer applies to the package: make the change again and "
+        f"write it with `git diff nano_moca train_cpt.py train_cl.py`. {done.stderr}")
+
+
+def numbered(name: str) -> str:
+    """The number of the change that a patch belongs to."""
+    return name.partition("_")[0]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the checks say, by the name of a patch, or by "1" to "5" for the package as it is."""
+    if not hasattr(os, "fork") or not shutil.which("git"):
+        pytest.skip("needs git, and a system that forks")
+    base = tmp_path_factory.mktemp("changes")
+    jobs = []
+    unchanged = copy_of_the_repository(base / "unchanged")
+    for patch in SOLUTIONS:
+        jobs.append((numbered(patch.stem), str(unchanged), numbered(patch.stem)))
+    for patch in (*SOLUTIONS, *(ROOT / "tests" / "solutions" / "traps").glob("*.patch")):
+        folder = copy_of_the_repository(base / patch.stem)
+        apply(patch, folder)
+        jobs.append((patch.stem, str(folder), numbered(patch.stem)))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(jobs), text=True, capture_output=True,
+        cwd=base, env=environment | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
+    assert not done.returncode, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def test_there_is_a_patch_for_each() -> None:
+    """Five solutions, and no trap that is not asked about."""
+    assert [numbered(patch.stem) for patch in SOLUTIONS] == list("12345")
+    traps = (ROOT / "tests" / "solutions" / "traps").glob("*.patch")
+    assert {patch.stem for patch in traps} == TRAPS.keys()
+
+
+@pytest.mark.parametrize("name", [patch.stem for patch in SOLUTIONS])
+def test_a_solution_is_right(answers: dict[str, str], name: str) -> None:
+    """The check is content with it, and the stage runs with it."""
+    assert answers[name] == "right"
+
+
+@pytest.mark.parametrize("number", list("12345"))
+def test_the_package_as_it_is_is_not(answers: dict[str, str], number: str) -> None:
+    """The check says what is missing, and does not merely break."""
+    assert answers[number].startswith("not yet: ") and "it stops with" not in answers[number]
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_is_seen(answers: dict[str, str], name: str) -> None:
+    """The check says which it is."""
+    assert answers[name].startswith("not yet: ") and TRAPS[name] in answers[name]
+
+
+def test_the_page_names_what_there_is() -> None:
+    """Files, links and functions that it names exist, and each change has its check."""
+    text = PAGE.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(((?!http|#)[^)#]+)\)", text):
+        assert (PAGE.parent / link).exists(), f"a dead link: {link}"
+    code = {path: path.read_text(encoding="utf-8") for folder in (ROOT, ROOT / "tests",
+            ROOT / "notebooks") for path in folder.glob("*.py")}
+    code |= {path: path.read_text(encoding="utf-8") for path in ROOT.glob("nano_moca/**/*.py")}
+    patches = "\n".join(patch.read_text(encoding="utf-8") for patch in SOLUTIONS)
+    words = set(re.findall(r"[\w-]+", "\n".join(code.values()) + patches))
+    for name in re.findall(r"`([\w./-]+)`", text):
+        if name.endswith((".py", ".md", ".json", ".patch")):
+            assert any(ROOT.glob(f"**/{name}")) or name in ("log.jsonl", "scores.json"), name
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            missing = set(name.split(".")) - words
+            assert not missing, f"{name} is in no code"
+    for number in "12345":
+        assert f"check_change.py {number}" in text
+
+
+def test_the_page_gives_no_solution_away() -> None:
+    """No line of code that a solution adds stands on it."""
+    text = PAGE.read_text(encoding="utf-8")
+    for patch in SOLUTIONS:
+        for line in re.findall(r"^\+ +(.+)", patch.read_text(encoding="utf-8"), re.M):
+            assert len(line) < 30 or line.strip() not in text, line
