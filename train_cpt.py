@@ -31,6 +31,8 @@ from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_che
                                print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import load_weights
 
+FIRST_LOOK = 500  # steps until the first pictures
+
 
 @dataclass
 class Flags(CommonFlags):
@@ -70,6 +72,24 @@ def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags, worl
         yield drawn, micro_batches
 
 
+def is_causal(flags: Flags) -> bool:
+    """Whether the decoder attends causally: the next-token loss has no other way."""
+    return flags.attention == "causal" or flags.objective == "next-token"
+
+
+def draw_report(flags: Flags, world: World, model: ReconstructionModel, processor: Processor,
+                batches: TokenBatches, data_state: dict, log: Log) -> None:
+    """Pictures and scores of what was learned, on the records that would come next: on all
+    ranks the same."""
+    from nano_moca.report import stage1  # imported here: training needs none of it
+
+    # A sampler of its own. It lists none that cannot be used, for no step used them.
+    unlisted = Path(os.devnull) if batches.skipped else None
+    unseen = TokenBatches(batches.records, processor, stage1.REPORT_TOKENS, flags.max_tokens,
+                          flags.seed, skipped=unlisted, state=data_state)
+    stage1.write_report(flags, world, model, processor, unseen, log.lines, is_causal(flags))
+
+
 @guarded  # one run an --output, over nothing that it reads
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
@@ -80,7 +100,7 @@ def train(flags: Flags) -> None:
     if flags.objective == "restore" and not flags.text_mask and not flags.image_mask:
         raise MocaError("nothing is masked, so there is nothing to learn: raise --text-mask, or "
                         "--image-mask and --mae-weight")
-    causal = flags.attention == "causal" or flags.objective == "next-token"
+    causal = is_causal(flags)
     attention = "causal" if causal else "bidirectional"
     output = Path(flags.output)
 
@@ -152,6 +172,10 @@ def train(flags: Flags) -> None:
         if step % flags.save_every == 0 or step == flags.steps:
             save_progress(step, flags, world, model, optimizer, data_state, log)
 
+        # 6. A first look at what is learned, long before the end.
+        if step == FIRST_LOOK < flags.steps and not flags.no_report:
+            draw_report(flags, world, model, processor, batches, data_state, log)
+
     close_run(flags, world, log, loader, data_state, vlm)
 
     # The model, as others read it.
@@ -160,15 +184,9 @@ def train(flags: Flags) -> None:
     save_model(output / "model", world, vlm, processor,
                {"attention": attention, "max_tokens": flags.max_tokens})
 
-    # What was learned, on the records that would have come next: on all ranks the same,
-    # and without listing those that cannot be used, for no step used them.
+    # What was learned.
     if not flags.no_report:
-        from nano_moca.report import stage1  # imported here: training needs none of it
-
-        unlisted = Path(os.devnull) if skipped else None
-        unseen = TokenBatches(records, processor, stage1.REPORT_TOKENS, flags.max_tokens,
-                              flags.seed, skipped=unlisted, state=data_state)
-        stage1.write_report(flags, world, model, processor, unseen, log.lines, causal)
+        draw_report(flags, world, model, processor, batches, data_state, log)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def child(name: str, words: list[str], said: Path, environment: dict[str, str],
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     shrink()
+    if name == "train_cpt":
+        script.FIRST_LOOK = 2
     if fault:
         FAULTS[fault]()
     main_guard(lambda: script.train(script.parse_flags(script.Flags, None, "")))

@@ -68,7 +68,7 @@ def test_an_arm_is_both_stages_with_its_flags(made: list, tmp_path: Path) -> Non
     (_, first), (_, second), (_, words) = made
     assert first.objective == "next-token" and first.seed == second.seed == 0
     assert second.attention == "causal" and second.steps == STEPS_2
-    assert second.data == "builtin:one-kind"  # as the paper has it
+    assert second.data == "builtin"
     assert second.model == str(Path(first.output) / "model")
     assert words[:5] == ["-m", "nano_moca.evaluate", "builtin", "--model",
                          str(Path(second.output) / "model")]
@@ -157,7 +157,7 @@ def test_every_arm_names_flags_that_exist(made: list, tmp_path: Path, arm: str) 
 def test_a_task_gets_as_many_steps_whatever_tasks_are_dropped() -> None:
     """The shorter stage 2 is the full one without the steps of the dropped kind."""
     processor = Processor.load(BASE, load_config(BASE))
-    tasks = builtin_tasks("one-kind")
+    tasks = builtin_tasks()
     counts = PairBatches(tasks, processor, train_cl.Flags.batch, 100, 0, 0).counts
     by_kind: dict[str, int] = {}
     for name, task in tasks.items():
@@ -171,7 +171,7 @@ def test_a_task_gets_as_many_steps_whatever_tasks_are_dropped() -> None:
 
 
 def test_the_table_is_of_the_default_recipe() -> None:
-    """But for the candidates of other kinds: the scripts' own steps."""
+    """The scripts' own steps."""
     assert (STEPS_1, STEPS_2) == (train_cpt.Flags.steps, train_cl.Flags.steps)
 
 

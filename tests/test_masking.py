@@ -101,6 +101,32 @@ def test_labels_and_targets_are_the_originals(batch: Batch, processor: Processor
     assert torch.equal(groups_of(masked.batch)[~is_masked], groups_of(batch)[~is_masked])
 
 
+def test_some_masked_words_keep_their_word_and_some_show_another(processor: Processor) -> None:
+    """The given share of each, within five standard deviations. Which words are masked, and what
+    has to be restored, is as without."""
+    batch = processor.pack([processor.encode(Record("a b c d e f g h " * 200))])
+    plain = mask_batch(batch, processor, 0.4, 0.5, keys_of(batch))
+    masked = mask_batch(batch, processor, 0.4, 0.5, keys_of(batch), unhidden=0.2)
+    assert torch.equal(masked.text_index, plain.text_index)
+    assert torch.equal(masked.labels, plain.labels)
+
+    seen = masked.batch.tokens[masked.text_index]
+    count = len(seen)
+    hidden = seen == processor.mask_token
+    kept = seen == masked.labels
+    other = seen[~hidden & ~kept]
+    assert count > 500
+    for share, found in ((0.6, hidden.sum()), (0.2, kept.sum()), (0.2, len(other))):
+        assert abs(int(found) - share * count) <= 5 * (count * share * (1 - share)) ** 0.5
+
+    # The others are many different words, none of them special.
+    assert len(other.unique()) > len(other) / 2
+    assert not torch.isin(other, processor.special_tokens).any()
+    unmasked = torch.ones_like(batch.tokens, dtype=torch.bool)
+    unmasked[masked.text_index] = False
+    assert torch.equal(masked.batch.tokens[unmasked], batch.tokens[unmasked])
+
+
 def test_masked_groups_are_noise_before_the_vision_tower(batch: Batch, moca: Moca) -> None:
     """The four patches of a masked group are Gaussian noise, each its own; the vision tower
     gets that."""
@@ -127,7 +153,7 @@ def test_masks_follow_the_key(processor: Processor, records: list[Record], order
     packing."""
     def mask(numbers: list[int]) -> MaskedBatch:
         batch = processor.batch([records[n] for n in numbers])
-        return mask_batch(batch, processor, 0.4, 0.5, [(3, 1, n) for n in numbers])
+        return mask_batch(batch, processor, 0.4, 0.5, [(3, 1, n) for n in numbers], 0.2)
 
     packed = mask(order)
     alone = [mask([n]) for n in order]

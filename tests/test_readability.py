@@ -35,8 +35,8 @@ def test_budget() -> None:
     """What a reader has to hold in mind: about 2,200 lines. And what he need not, which is longer
     than the 1,100 that it was meant to have: three families, the files of others, what guards a
     run, goes on with it and computes its memory, adapters, a benchmark of GPUs."""
-    assert sum(map(code_lines, road_files())) <= 2220
-    assert sum(map(code_lines, beside_files())) <= 3070
+    assert sum(map(code_lines, road_files())) <= 2240
+    assert sum(map(code_lines, beside_files())) <= 3240
 
 
 def test_paragraphs(road: Density) -> None:

@@ -69,7 +69,7 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
         plot_losses(output / "loss.png", lines, ["loss", "mlm_loss", "mae_loss"])
         if columns:
             plot_restorations(output / "reconstruction.png", columns)
-        print(f"{one_line(output)}: the model is in model/, beside it scores.json and the pictures")
+        print(f"{one_line(output)}: scores.json and the pictures are of step {lines[-1]['step']}")
 
 
 def mean_losses(lines: list[dict]) -> dict[str, float]:
