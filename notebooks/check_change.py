@@ -80,7 +80,7 @@ def read_flags(script: Any, words: str) -> Any:
         with contextlib.redirect_stderr(said):
             return parse_flags(script.Flags, words.split(), "")
     except SystemExit:
-        raise NotYet(f"{script.__name__}.py does not take {words.split(' --output')[0]}: "
+        raise NotYet(f"{script.__name__}.py does not begin with these flags: "
                      f"{said.getvalue().strip()}") from None
 
 
@@ -97,9 +97,8 @@ def run(script: Any, words: str) -> tuple[list[dict], dict]:
     """Run a stage in this process, quietly, in a folder of its own: its log, and its scores
     if it has a report."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = read_flags(script, f"{words} --device cpu --model {BASE} --output {folder}/run"
-                           if "--model" not in words else
-                           f"{words} --device cpu --output {folder}/run")
+        # Of a flag that is given twice the last value counts.
+        flags = read_flags(script, f"--model {BASE} --device cpu {words} --output {folder}/run")
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             script.train(flags)
@@ -270,7 +269,7 @@ def image_blocks() -> None:
           replaced(stage1, "plot_losses", ignore), replaced(stage1, "plot_restorations", ignore),
           contextlib.redirect_stdout(io.StringIO())):
         flags = read_flags(train_cpt, f"--image-blocks --output {folder}")
-        line = {"loss": 1.0, "mlm_loss": 1.0, "mae_loss": 1.0}
+        line = {"step": 1, "loss": 1.0, "mlm_loss": 1.0, "mae_loss": 1.0}
         stage1.write_report(flags, ALONE, None, processor, Unseen(), [line], False)
     parts = {"judges (`cross_modal_report`)": seen[:-12], "paints (`restorations`)": seen[-8:]}
     for what, part in parts.items():
@@ -366,8 +365,9 @@ def matryoshka() -> None:
         demand(math.isclose(one["loss"], other["loss"], rel_tol=1e-3), f"step {one['step']}: the "
                f"loss is {one['loss']:.4f}, and with --chunk 100 {other['loss']:.4f}")
     for wrong in ("16,999", "0,16", "few"):
-        demand(refused(train_cl, f"{small} --steps 1 --matryoshka {wrong}"), f"--matryoshka {wrong} is taken: "
-               "a width that the model does not have should be a MocaError")
+        demand(refused(train_cl, f"{small} --steps 1 --matryoshka {wrong}"),
+               f"--matryoshka {wrong} is taken: a width that the model does not have should be "
+               "a MocaError")
 
 
 # --- 4: a task of one's own -----------------------------------------------------------
@@ -446,8 +446,8 @@ def own_task() -> None:
             demand(part.has(scene), f"{split} {number}: this scene belongs to another part")
             first = scenes[split][number // 4 * 4]
             changed = sum(one != other for one, other in zip(first.cells, scene.cells))
-            demand(changed == 0 if number % 4 == 0 else 1 <= changed <= 2, f"{split} {number}: when "
-                   "testing, four pairs each should be a scene and its three near twins (FAMILIES)")
+            demand(changed == 0 if number % 4 == 0 else 1 <= changed <= 2,
+                   f"{split} {number}: when testing, four pairs each should be a scene and its three near twins (FAMILIES)")
     known = {word for scene in scenes["train"] for cell in scene.cells if cell for word in cell}
     demand(known <= {*LABELLED.names, *LABELLED.colours}, "labelled pairs show only symbols and "
            "colours of LABELLED: the others are what stage 1 is there to teach")
@@ -527,8 +527,8 @@ def norm_pixels() -> None:
         expected = 0.25 * float((pixels - statistics(pixels)[0]).square().mean())
         error = scores["patch error, words visible"]
         demand(math.isclose(error, expected, rel_tol=0.02), "training is right, but the report "
-               "does not judge in pixels: of a decoder whose squared error is "
-               f"{expected:.3f} in pixels, the report says 'patch error, words visible' {error:.3f}")
+               "does not judge in pixels: of a decoder whose squared error in pixels is "
+               f"{expected:.3f}, it says 'patch error, words visible' {error:.3f}")
         demand(len(columns) > 0, "the report paints nothing")
         for batch, column in zip(oracle.seen[-len(columns):], columns, strict=True):
             patches = batch.normalise(batch.pixels)  # [J, 4, 1176]
