@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import train_cpt
 from nano_moca import Moca, MocaError, Record
 from nano_moca.batch import Pair
 from nano_moca.distributed import World
@@ -239,7 +240,7 @@ class Unseen:
                                              (7, "next, seen before")])
 def test_the_report_says_whether_its_records_were_seen(tmp_path: Path, epoch: int, said: str,
                                                        capsys):
-    flags = Namespace(output=str(tmp_path), objective="restore")
+    flags = train_cpt.Flags(output=str(tmp_path))
     stage1.write_report(flags, MAIN, None, None, Unseen(epoch), LINES, False)
     assert said in capsys.readouterr().out
     assert json.loads((tmp_path / "scores.json").read_text())["mae_loss, last tenth"] == 0.5
@@ -253,10 +254,9 @@ def test_restorations_are_drawn_by_the_main_rank_after_the_scores(tmp_path: Path
     record = SimpleNamespace(grids=[(1, 2, 2)])
     batch = SimpleNamespace(micro_batches=[[(0, record)]])
     monkeypatch.setattr(Unseen, "__next__", lambda _: batch)
-    monkeypatch.setattr(stage1, "cross_modal_report", lambda *_: {"words restored": None})
-    monkeypatch.setattr(stage1, "restorations", lambda *_: ran.append(1) or views)
-    flags = Namespace(output=str(tmp_path), objective="restore", text_mask=0.4, image_mask=0.5,
-                      seed=0)
+    monkeypatch.setattr(stage1, "cross_modal_report", lambda *_, **__: {"words restored": None})
+    monkeypatch.setattr(stage1, "restorations", lambda *_, **__: ran.append(1) or views)
+    flags = train_cpt.Flags(output=str(tmp_path))  # all of them: a report may come to ask for more
     stage1.write_report(flags, OTHER, None, None, Unseen(0), LINES, False)
     assert ran == [1] and not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
     stage1.write_report(flags, MAIN, None, None, Unseen(0), LINES, False)

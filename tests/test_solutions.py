@@ -10,6 +10,7 @@ All run in copies of the repository. One process imports torch, and forks one fo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from nano_moca.files import MocaError
+from nano_moca.flags import CommonFlags, flag
+from nano_moca.plan.resume import check_same_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SOLUTIONS = sorted((ROOT / "tests" / "solutions").glob("*.patch"))
@@ -103,7 +108,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER], input=json.dumps(jobs), text=True, capture_output=True,
-        cwd=base, env=environment | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
+        cwd=base, env=environment | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, timeout=3600)
     assert not done.returncode, done.stderr
     return dict(map(json.loads, done.stdout.splitlines()))
 
@@ -131,6 +136,19 @@ def test_the_package_as_it_is_is_not(answers: dict[str, str], number: str) -> No
 def test_a_trap_is_seen(answers: dict[str, str], name: str) -> None:
     """The check says which it is."""
     assert answers[name].startswith("not yet: ") and TRAPS[name] in answers[name]
+
+
+def test_a_checkpoint_from_before_a_flag_does_not_go_on_under_it() -> None:
+    """It counts as one with the flag's default, as the page says."""
+    Changed = dataclasses.make_dataclass(
+        "Changed", [("schedule", str, flag("linear", "a new flag"))], bases=(CommonFlags,))
+    data = {"records": 9, "fingerprint": "a"}
+    state = {"step": 1, "flags": dataclasses.asdict(CommonFlags()), "data": data, "log": [{}],
+             "skipped": ""}
+    with pytest.raises(MocaError, match="--schedule was linear"):
+        check_same_run(Changed(schedule="cosine"), state | {"digest": ""}, data)
+    with pytest.raises(MocaError, match="not as it was saved"):  # the flags are the same
+        check_same_run(Changed(), state | {"digest": ""}, data)
 
 
 def test_the_page_names_what_there_is() -> None:
