@@ -49,6 +49,11 @@ def read(page: Path) -> str:
 # --- what is counted or measured ------------------------------------------------------
 
 
+def builtin_scores() -> dict:
+    """The committed table of the ablations, by arm and seed."""
+    return json.loads(read(ROOT / "notebooks" / "figures" / "ablations.json"))
+
+
 def result_lines(results: dict) -> str:
     """One result, on the symbols that no labelled pair showed: three sentences."""
     values = {name: measure(results[name], SYMBOLS) for name in ("full", "none", "causal")}
@@ -103,7 +108,7 @@ def printed(code: str) -> str:
 
 def with_figures(text: str) -> str:
     """The README with the figures of the ablations as they are now."""
-    results = json.loads(read(ROOT / "notebooks" / "figures" / "ablations.json"))
+    results = builtin_scores()
     writers: dict[str, Callable[[dict], str]] = {"result": result_lines, "limits": limit_lines}
     for name, write in writers.items():
         before, after = re.split(rf"(?<=: {name} -->\n).*?(?=<!-- end -->)", text, flags=re.S)
@@ -136,8 +141,10 @@ def test_lines_are_counted_right(page: Path) -> None:
 
 
 def test_figures_are_the_measured_ones() -> None:
-    """Each mean, range and number of runs follows from ablations.json."""
+    """Each mean, range and number of runs follows from ablations.json; pictures are counted."""
     assert with_figures(read(README)) == read(README)
+    scores = builtin_scores()["full"]["seed 0"]["tasks"]["caption-to-scene"]
+    assert f"among {scores['candidates']} that were not trained on" in read(README)
 
 
 def test_the_lines_of_python_print_what_is_said() -> None:
@@ -158,8 +165,7 @@ def test_minutes_are_near_those_of_the_table() -> None:
     said = re.search(r"take about (\d+) minutes in one thread \(([\d.]+) and ([\d.]+)\)",
                      read(README)).groups()
     total, *stages = map(float, said)
-    results = json.loads(read(ROOT / "notebooks" / "figures" / "ablations.json"))
-    measured = np.mean([run["minutes"] for run in results["full"].values()], axis=0)
+    measured = np.mean([run["minutes"] for run in builtin_scores()["full"].values()], axis=0)
     assert abs(total - sum(stages)) <= 1
     assert all(0.5 < ours / theirs < 2 for ours, theirs in zip(stages, measured, strict=True))
 
@@ -317,10 +323,24 @@ def test_commands_on_data_of_ones_own(tmp_path: Path) -> None:
 
 def test_counts_of_the_built_in_data() -> None:
     """Those of docs/built_in_data.md; of documents about, as Python's documentation changes."""
-    from nano_moca.builtin import builtin_tasks
+    import nano_moca
+    from nano_moca.builtin import (
+        COLOURS, KNOWN, KNOWN_COLOURS, NAMES, BuiltinRecords, builtin_tasks)
+    from nano_moca.builtin.base import BASE_FLAGS
 
-    rows = re.findall(r"^\| ([\w-]+) \| ([\w-]+) \| .* \| (\d+), (\d+) \|$",
-                      read(ROOT / "docs" / "built_in_data.md"), re.M)
+    # What its sentences say.
+    page = read(ROOT / "docs" / "built_in_data.md")
+    base = nano_moca.load(ROOT / "nano_moca" / "base", "cpu").model
+    assert f"{sum(one.numel() for one in base.parameters()) / 1e6:.1f} million" in page
+    pages, texts = BuiltinRecords.PAGES, BuiltinRecords.TEXTS
+    assert (f"captions ({1 - pages - texts:.0%}), pages ({pages:.0%}), passages ({texts:.0%}) | "
+            f"{len(NAMES)} | {len(COLOURS)} | {len(BuiltinRecords()):,} records").replace(
+                "%", " %") in page
+    assert f"| {len(KNOWN)} | {len(KNOWN_COLOURS)} | trained for " in page
+    assert f"trained for {BASE_FLAGS[BASE_FLAGS.index('--steps') + 1]} steps" in page
+
+    # And its table.
+    rows = re.findall(r"^\| ([\w-]+) \| ([\w-]+) \| .* \| (\d+), (\d+) \|$", page, re.M)
     train, test = builtin_tasks("train"), builtin_tasks("test")
     assert {name: kind for name, kind, *_ in rows} == {
         name: task.kind for name, task in train.items()}
