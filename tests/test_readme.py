@@ -160,14 +160,15 @@ def test_the_lines_of_python_print_what_is_said() -> None:
     assert cosines[0].index(max(cosines[0])) == 0
 
 
-def test_minutes_are_near_those_of_the_table() -> None:
-    """Both stages' minutes, within a factor of two of the full recipe's runs."""
+def test_minutes_are_no_longer_than_in_the_table() -> None:
+    """Both stages' minutes; the runs of the ablations had another beside them, so took longer."""
     said = re.search(r"take about (\d+) minutes in one thread \(([\d.]+) and ([\d.]+)\)",
                      read(README)).groups()
     total, *stages = map(float, said)
     measured = np.mean([run["minutes"] for run in builtin_scores()["full"].values()], axis=0)
     assert abs(total - sum(stages)) <= 1
-    assert all(0.5 < ours / theirs < 2 for ours, theirs in zip(stages, measured, strict=True))
+    assert all(0.25 * theirs < ours < 1.2 * theirs
+               for ours, theirs in zip(stages, measured, strict=True))
 
 
 # --- files, links, flags, pictures ----------------------------------------------------
