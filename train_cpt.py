@@ -37,8 +37,8 @@ FIRST_LOOK = 500  # steps until the first pictures
 @dataclass
 class Flags(CommonFlags):
     """Stage 1's own flags. Those that both scripts have, such as --steps,
-    --learning-rate and --attention, are in nano_moca/flags.py. The README
-    has recipes for 3B."""
+    --learning-rate and --attention, are in nano_moca/flags.py.
+    docs/real_models.md has recipes for 3B."""
 
     batch_tokens: int = flag(1000, "tokens per step over all ranks", low=1)
     max_tokens: int = flag(1280, "a record's limit; longer texts are shortened", low=8)

@@ -42,7 +42,7 @@ from real_shapes import config_3b
 
 MB, GB = 1e6, 1e9
 WORDS = "red anchor, blue star, nothing, yellow snowman " * 6
-# The README's recipes for 3B; what is said on the command line comes after them, and counts.
+# docs/real_models.md's for 3B; what is said on the command line comes after them, and counts.
 PIXELS = ["--min-pixels", str(256 * 28 * 28), "--max-pixels", str(1024 * 28 * 28)]
 FLAGS = {"cpt": ["--batch-tokens", "100000", "--learning-rate", "2e-6"],
          "cl": ["--batch", "192", "--chunk", "8192", "--learning-rate", "2e-5"]}
