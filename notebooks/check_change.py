@@ -406,6 +406,8 @@ def own_task() -> None:
     for split, tasks in everywhere.items():
         demand(NAME in tasks, f"the split {split} has no task {NAME}: it has {', '.join(tasks)}")
         demand(len(tasks) == 6, f"there should be six tasks, and there are {', '.join(tasks)}")
+        demand(list(tasks)[-1] == NAME, "the new task does not stand last: the number of a task "
+               "seeds the order of its pairs (`PairBatches.members`), so the others would change")
         demand(tasks[NAME].kind == "image-text", f"its kind is {tasks[NAME].kind}")
         demand(len(tasks[NAME]) >= 200, f"{split}: only {len(tasks[NAME])} pairs")
 

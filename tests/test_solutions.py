@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,15 @@ TRAPS = {
 }
 PAGE = ROOT / "notebooks" / "change_it.md"
 
-# Forks a process for each (name, folder, number of the check), one after the other.
+# Forks a process for each line: the folder of a copy, and the number of the check.
 DRIVER = """
 import json, os, sys
 import matplotlib.pyplot, numpy, PIL.Image, safetensors.torch, tokenizers, tqdm
 import torch, torch.distributed.fsdp, torch.distributed.device_mesh
 
 torch.set_num_threads(1)
-for name, folder, number in json.load(sys.stdin):
+for line in sys.stdin:
+    folder, number = json.loads(line)
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -58,9 +60,10 @@ for name, folder, number in json.load(sys.stdin):
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as said:
-        print(json.dumps([name, said.read()]), flush=True)
+        print(json.dumps(said.read()), flush=True)
     os.waitpid(child, 0)
 """
+Ask = Callable[[str], str]
 
 
 def copy_of_the_repository(folder: Path) -> Path:
@@ -92,25 +95,30 @@ def numbered(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the checks say, by the name of a patch, or by "1" to "5" for the package as it is."""
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """What the check says of a copy with a patch (a name below solutions/), or of the
+    package as it is ("1" to "5")."""
     if not hasattr(os, "fork") or not shutil.which("git"):
         pytest.skip("needs git, and a system that forks")
     base = tmp_path_factory.mktemp("changes")
-    jobs = []
-    unchanged = copy_of_the_repository(base / "unchanged")
-    for patch in SOLUTIONS:
-        jobs.append((numbered(patch.stem), str(unchanged), numbered(patch.stem)))
-    for patch in (*SOLUTIONS, *(ROOT / "tests" / "solutions" / "traps").glob("*.patch")):
-        folder = copy_of_the_repository(base / patch.stem)
-        apply(patch, folder)
-        jobs.append((patch.stem, str(folder), numbered(patch.stem)))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(jobs), text=True, capture_output=True,
-        cwd=base, env=environment | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, timeout=3600)
-    assert not done.returncode, done.stderr
-    return dict(map(json.loads, done.stdout.splitlines()))
+    environment |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    with subprocess.Popen([sys.executable, "-c", DRIVER], text=True, cwd=base, env=environment,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+
+        def answer(name: str) -> str:
+            folder = copy_of_the_repository(base / name.replace("/", "-"))
+            if len(name) > 1:
+                apply(ROOT / "tests" / "solutions" / f"{name}.patch", folder)
+            number = numbered(name.rpartition("/")[2])
+            driver.stdin.write(json.dumps([str(folder), number]) + "\n")
+            driver.stdin.flush()
+            line = driver.stdout.readline()
+            assert line, "the process that forks the checks has ended: see its error"
+            return json.loads(line)
+
+        yield answer
+        driver.stdin.close()
 
 
 def test_there_is_a_patch_for_each() -> None:
@@ -121,21 +129,23 @@ def test_there_is_a_patch_for_each() -> None:
 
 
 @pytest.mark.parametrize("name", [patch.stem for patch in SOLUTIONS])
-def test_a_solution_is_right(answers: dict[str, str], name: str) -> None:
+def test_a_solution_is_right(ask: Ask, name: str) -> None:
     """The check is content with it, and the stage runs with it."""
-    assert answers[name] == "right"
+    assert ask(name) == "right"
 
 
 @pytest.mark.parametrize("number", list("12345"))
-def test_the_package_as_it_is_is_not(answers: dict[str, str], number: str) -> None:
+def test_the_package_as_it_is_is_not(ask: Ask, number: str) -> None:
     """The check says what is missing, and does not merely break."""
-    assert answers[number].startswith("not yet: ") and "it stops with" not in answers[number]
+    answer = ask(number)
+    assert answer.startswith("not yet: ") and "it stops with" not in answer
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_a_trap_is_seen(answers: dict[str, str], name: str) -> None:
+def test_a_trap_is_seen(ask: Ask, name: str) -> None:
     """The check says which it is."""
-    assert answers[name].startswith("not yet: ") and TRAPS[name] in answers[name]
+    answer = ask(f"traps/{name}")
+    assert answer.startswith("not yet: ") and TRAPS[name] in answer
 
 
 def test_a_checkpoint_from_before_a_flag_does_not_go_on_under_it() -> None:
