@@ -30,23 +30,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from helpers import BLUE, GREY, RED, with_palette
+from journey import draw_journey
 from matplotlib.figure import Figure
+from stages import draw_stages
 
 import nano_moca
 import train_cpt
-from helpers import BLUE, GREY, RED, with_palette
-from journey import draw_journey
 from nano_moca.ablate import ARMS, UNLABELLED, difference, measure
 from nano_moca.batches import TokenBatches
 from nano_moca.builtin import (
-    END, KNOWN, KNOWN_COLOURS, NEW, SPLITS, BuiltinRecords, Palette, builtin_tasks, factor_tasks)
+    END,
+    KNOWN,
+    KNOWN_COLOURS,
+    NEW,
+    SPLITS,
+    BuiltinRecords,
+    Palette,
+    builtin_tasks,
+    factor_tasks,
+)
 from nano_moca.config import BASE
 from nano_moca.distributed import World
 from nano_moca.evaluate.embedder import Moca
 from nano_moca.model import ReconstructionModel
 from nano_moca.report import stage1
 from nano_moca.report.ranking import rank_pairs
-from stages import draw_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "notebooks" / "figures"

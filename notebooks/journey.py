@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from helpers import BLUE, GREY, RED
+from helpers import BLUE, GREY
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
@@ -120,7 +120,7 @@ def glossary(letters: str) -> dict[str, str]:
     """What nano_moca/__init__.py says of these letters, up to the first stop."""
     meanings = {}
     for letter in letters:
-        (line,) = re.findall(rf"^    {letter}    (.+)$", nano_moca.__doc__, re.M)
+        (line,) = re.findall(rf"^    {letter}    (.+)$", nano_moca.__doc__, re.MULTILINE)
         meanings[letter] = re.split(r"[;:]|, so", line)[0]
     return meanings
 
