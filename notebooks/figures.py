@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from helpers import BLUE, GREY, RED, with_palette
+from helpers import BLUE, GREY, with_palette
 from journey import draw_journey
 from matplotlib.figure import Figure
 from stages import draw_stages
@@ -91,58 +91,71 @@ def caption_scores(moca: Moca, names: Sequence[str], count: int = 500) -> dict:
             "examples": list(zip(scenes, said, strict=True))}
 
 
+def judged(said: str, truth: str) -> stage1.Words:
+    """A caption word by word, those in red that another one should stand in place of."""
+    cells, parts = truth.split(", "), said.split(", ")
+    words = []
+    for number, part in enumerate(parts):
+        expected = cells[number].split() if number < len(cells) else []
+        spoken = part.split()
+        for place, word in enumerate(spoken):
+            right = expected[place : place + 1] == [word]
+            comma = "," if place == len(spoken) - 1 and number < len(parts) - 1 else ""
+            words.append((f" {word}{comma}", stage1.SEEN if right else stage1.WRONG))
+    return words
+
+
 def draw_captions() -> Figure:
     """Two rows of scenes: of the symbols that the base knows, and of others; wrong words in red."""
     moca = nano_moca.load(BASE, "cpu")
-    figure, axes = plt.subplots(2, 4, figsize=(11, 4.3))
-    rows = {"symbols it knows": KNOWN, "the 24 others": NEW}
+    figure, axes = plt.subplots(2, 4, figsize=(10.4, 3.5))
+    rows = {"symbols that it knows": KNOWN, "the 24 others": NEW}
     for row, (title, names) in zip(axes, rows.items(), strict=True):
         scores = caption_scores(moca, names)
         print(f"{title}: {scores['words']:.1%} of words, {scores['captions']:.1%} of captions right")
         for axis, (scene, said) in zip(row, scores["examples"], strict=False):
             axis.imshow(scene.image())
             axis.set(xticks=[], yticks=[])
-            truth = scene.caption().split(", ")
-            for line, part in enumerate(said.split(", ")):
-                right = line < len(truth) and part == truth[line]
-                axis.text(0.02, -0.1 - 0.26 * line, part, color=INK if right else RED,
-                          transform=axis.transAxes, va="top", fontsize=12)
-        row[0].set_ylabel(f"{title}\n{scores['words']:.0%} of words right", fontsize=11)
-    figure.subplots_adjust(left=0.06, right=0.99, top=0.98, bottom=0.2, hspace=0.75, wspace=0.08)
+            stage1.show_words(axis, judged(said, scene.caption()))
+        row[0].set_title(f"{title}: {scores['words']:.1%} of words right", loc="left", fontsize=12)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.92, bottom=0.16, hspace=0.75, wspace=0.06)
     return figure
 
 
 # --- what a caption finds -------------------------------------------------------------------------
 
 
-def draw_search(queries: tuple[int, int] = (150, 150)) -> Figure:
+def draw_search(queries: tuple[int, int] = (158, 140)) -> Figure:
     """Two captions, each among 600 unseen scenes: one of labelled symbols, one of symbols that
-    only stage 1 saw. The four nearest scenes before and after training, the right one framed."""
+    only stage 1 saw. The five nearest scenes before and after training, the right one framed."""
     tasks = {"symbols of the labelled pairs": builtin_tasks("test")["caption-to-scene"],
              "symbols that no labelled pair showed": factor_tasks("test")[UNLABELLED[1]]}
     models = {"before: a captioner": nano_moca.load(BASE, "cpu", None, "causal", "last"),
               "after both stages": nano_moca.load(EMBEDDER, "cpu")}
-    figure = plt.figure(figsize=(10.5, 6.6), layout="constrained")
-    halves = figure.subfigures(2, 1, hspace=0.05)
-    for half, (what, task), query in zip(halves, tasks.items(), queries, strict=True):
+    figure = plt.figure(figsize=(11, 4.9))
+    for half, ((what, task), query) in enumerate(zip(tasks.items(), queries, strict=True)):
         asked = task[query].query.text.removeprefix("Find a picture: ").removesuffix(END)
-        half.suptitle(f"“{asked}”\n", fontsize=16, color=INK)
-        half.text(0.5, 0.9, what, ha="center", va="top", fontsize=11, color=GREY)
-        axes = half.subplots(2, 4)
-        for row, (name, moca) in zip(axes, models.items(), strict=True):
+        top = 1 - half / 2
+        figure.text(0.01, top - 0.045, f"“{asked}”", fontsize=16, color=INK, va="center")
+        figure.text(0.99, top - 0.045, what, fontsize=11.5, color=GREY, ha="right", va="center")
+        for line, (name, moca) in enumerate(models.items()):
             ranking = rank_pairs(task, lambda records, moca=moca: moca.embed(records).numpy())
             places, of = ranking.places(), len(ranking.candidates)
             found = ranking.scores()["recall@10"]
             print(f"{what}, {name}: recall@10 {found:.3f}, query {query}: {places[query]} of {of}")
-            row[0].set_ylabel(f"{name}\nright one: {places[query]} of {of}\n"
-                              f"in the first ten:\n{found:.0%} of {len(places)} captions",
-                              fontsize=10.5, rotation=0, ha="left", va="center", labelpad=150)
+
+            # Beside the pictures: where the right one stands, and how often it is among the first.
+            bottom = top - 0.245 - 0.19 * line
+            figure.text(0.01, bottom + 0.06, f"{name}\nright one: {places[query]} of {of}\n"
+                        f"in the first ten:\n{found:.0%} of {len(places)} captions",
+                        fontsize=10.5, color=INK, va="center")
             nearest = np.argsort(-ranking.similarities[query], kind="stable")
-            for axis, answer in zip(row, nearest, strict=False):
-                axis.imshow(ranking.candidates[answer].images[0])
+            for number, answer in enumerate(nearest[:5]):
+                axis = figure.add_axes((0.185 + 0.164 * number, bottom, 0.152, 0.12))
+                axis.imshow(ranking.candidates[answer].images[0], aspect="auto")
                 axis.set(xticks=[], yticks=[])
                 right = answer == ranking.right[query]
-                axis.spines[:].set(edgecolor=BLUE if right else "white", linewidth=6)
+                axis.spines[:].set(edgecolor=BLUE if right else "white", linewidth=5)
     return figure
 
 

@@ -237,7 +237,7 @@ def show_words(axis: Any, words: Words) -> None:
     """Words below a picture, each in its colour, in at most 4 lines of 30 characters."""
     column, line = 0, 1
     for word, colour in words:
-        if column + len(word) > 30:
+        if column + len(word.rstrip(",")) > 30:
             column, line = 0, line + 1
         if line > 4:
             break
