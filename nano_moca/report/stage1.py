@@ -223,7 +223,7 @@ def restorations(
 def plot_restorations(figure: Any, columns: list[list[View]]) -> None:
     """One column per record, as `restorations` gives them: masked, restored, original;
     below each picture, the words."""
-    axes = panels(figure, 3, len(columns), 2.5, 1.5)
+    axes = panels(figure, 3, len(columns), 2.6, 1.7)
     for column, views in zip(axes.T, columns, strict=True):
         for axis, (pixels, words) in zip(column, views, strict=True):
             axis.imshow(pixels)
