@@ -8,7 +8,7 @@ search          what a caption finds, with the captioner that all starts from an
                 stages (notebooks/embedder)
 captions        what the nano base says to unseen scenes, and how often it is right
 reconstruction  what a run of stage 1 restores: that in FOLDER, by default runs/cpt
-tables          no picture: RESULTS.md's two tables, printed from ablations.json
+tables          no picture: RESULTS.md's tables are made anew from ablations.json
 
 Without names all are made. ablations.png is drawn by `python -m nano_moca.ablate`.
 """
@@ -37,7 +37,7 @@ from stages import draw_stages
 
 import nano_moca
 import train_cpt
-from nano_moca.ablate import ARMS, UNLABELLED, difference, measure
+from nano_moca.ablate import ARMS, SYMBOLS, UNLABELLED, Judge, difference, measure
 from nano_moca.batches import TokenBatches
 from nano_moca.builtin import (
     END,
@@ -191,14 +191,60 @@ def draw_reconstruction(run: Path) -> None:
     with_palette(Image.open(path).convert("RGB")).save(path, optimize=True)
 
 
-# --- RESULTS.md's two tables ----------------------------------------------------------------------
+# --- RESULTS.md's tables --------------------------------------------------------------------------
 
-COLUMNS = {  # of the table of arms: tasks, and the figure of which the mean is shown
-    "unlabelled symbols": (UNLABELLED, "recall@10"), "twins beaten": (UNLABELLED, "twins beaten"),
-    "labelled symbols": (("scene-to-caption, labelled symbols",
-                          "caption-to-scene, labelled symbols"), "recall@10"),
-    "pages": (("page-retrieval",), "recall@10"), "passages": (("long-text",), "recall@10"),
-    "text pairs": (("text-pairs",), "recall@10"), "mixed shelf": (("mixed shelf",), "recall@10")}
+LABELLED = ("scene-to-caption, labelled symbols", "caption-to-scene, labelled symbols")
+COLUMNS: dict[str, Judge] = {  # of the table of arms: tasks, and the figure whose mean is shown
+    "unlabelled symbols": SYMBOLS, "twins beaten": (SYMBOLS[0], "twins beaten"),
+    "labelled symbols": (LABELLED, "recall@10"), "pages": (("page-retrieval",), "recall@10"),
+    "passages": (("long-text",), "recall@10"), "text pairs": (("text-pairs",), "recall@10"),
+    "mixed shelf": (("mixed shelf",), "recall@10")}
+
+# What both stages together are compared with, and on which figure.
+CLAIMS: dict[str, tuple[str, str]] = {
+    "Stage 1 teaches symbols that no labelled pair shows.": ("none", "unlabelled symbols"),
+    "Stage 1 helps with symbols of the labelled pairs, too.": ("none", "labelled symbols"),
+    "Stage 1 helps with pages.": ("none", "pages"),
+    "Stage 1 helps with passages.": ("none", "passages"),
+    "Both stages beat a causal model that is only fine-tuned.": ("causal", "unlabelled symbols"),
+    "It is the reconstruction: as many steps of next-token training give less.":
+        ("next", "unlabelled symbols"),
+    "They give less if the model stays causal, too.": ("next-causal", "unlabelled symbols"),
+    "Words and patches teach more than words alone.": ("mlm", "unlabelled symbols"),
+    "Words and patches teach more than patches alone.": ("mae", "unlabelled symbols"),
+    "Half of stage 1's steps teach less.": ("half", "unlabelled symbols"),
+    "Pages are found by what pairs of long documents taught.": ("no-documents", "pages"),
+    "Passages are found by what pairs of long documents taught.": ("no-documents", "passages"),
+    "Other wordings are found by what text-only pairs taught.": ("no-text-pairs", "text pairs"),
+    "Batches of one task teach more than mixed ones.": ("mixed", "unlabelled symbols"),
+    "Batches of one task serve the mixed shelf better.": ("mixed", "mixed shelf"),
+    "Candidates of other kinds among the negatives would serve the mixed shelf worse.":
+        ("shelf", "mixed shelf")}
+
+
+def compared(ours: np.ndarray, others: np.ndarray) -> tuple[str, bool]:
+    """The difference of two means in points, with its 95 % interval if there are two runs of each;
+    and whether that is clear of zero."""
+    gap, half = difference(ours, others)
+    if np.isnan(half):
+        return f"{100 * gap:+.1f}", False
+    return f"{100 * gap:+.1f} ± {100 * half:.1f}", abs(gap) > half
+
+
+def findings_table(results: dict) -> str:
+    """A row for each claim whose arm was run: both means, the runs, and the verdict."""
+    lines = ["| claim | recall@10 of | both stages | the other arm | runs | difference | verdict |",
+             "| --- " * 7 + "|"]
+    for claim, (name, column) in CLAIMS.items():
+        if name not in results or "full" not in results:
+            continue
+        full, other = (measure(results[arm], COLUMNS[column]) for arm in ("full", name))
+        told, clear = compared(full, other)
+        verdict = ("shown" if full.mean() > other.mean() else "the opposite") if clear else (
+            "not shown" if min(len(full), len(other)) > 1 else "one run: a hint")
+        lines.append(f"| {claim} | {column} | {full.mean():.2f} | {other.mean():.2f} "
+                     f"({ARMS[name].about}) | {len(full)} and {len(other)} | {told} | {verdict} |")
+    return "\n".join(lines)
 
 
 def arms_table(results: dict) -> str:
@@ -215,38 +261,39 @@ def arms_table(results: dict) -> str:
 
     # What guessing gives does not depend on the arm.
     some = next(iter(results.values()))
-    chances = [0.5 if figure == "twins beaten" else measure(some, (tasks, f"chance {figure}")).mean()
-               for tasks, figure in COLUMNS.values()]
+    chances = []
+    for tasks, figure in COLUMNS.values():
+        half = figure == "twins beaten"
+        chances.append(0.5 if half else measure(some, (tasks, f"chance {figure}")).mean())
     lines.append(f"| *guessing* | | {' | '.join(f'{chance:.3f}' for chance in chances)} |")
     return "\n".join(lines)
 
 
 def signs_table(results: dict) -> str:
     """A row for each arm that the paper has: both differences from the full recipe, in points."""
-    lines = ["| arm | the paper | here | runs | of | verdict |", "| --- " * 6 + "|"]
+    lines = ["| arm | the paper | here | of | runs | verdict |", "| --- " * 6 + "|"]
     for name, seeds in results.items():
         arm = ARMS[name]
         if arm.paper is None or "full" not in results:
             continue
-        gap, half = difference(measure(seeds, arm.judge), measure(results["full"], arm.judge))
-        told = f"{100 * gap:+.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
-        verdict = "same sign" if gap * arm.paper > 0 else "other sign"
-        if np.isnan(half):
-            verdict += ", one run: no interval"
-        elif abs(gap) <= half:
-            verdict = "not clear of zero"
-        tasks = " and ".join(arm.judge[0])
-        lines.append(f"| {arm.about} | {arm.paper:+.1f} | {told} | {len(seeds)} and "
-                     f"{len(results['full'])} | {arm.judge[1]}, {tasks} | {verdict} |")
+        ours, full = measure(seeds, arm.judge), measure(results["full"], arm.judge)
+        told, clear = compared(ours, full)
+        verdict = "same sign" if (ours.mean() - full.mean()) * arm.paper > 0 else "other sign"
+        if not clear:
+            verdict = "not clear of zero" if min(len(ours), len(full)) > 1 else (
+                f"one run: a hint of the {verdict}")
+        lines.append(f"| {arm.about} | {arm.paper:+.1f} | {told} | {' and '.join(arm.judge[0])} | "
+                     f"{len(ours)} and {len(full)} | {verdict} |")
     return "\n".join(lines)
 
 
 def with_tables(text: str, results: dict) -> str:
-    """RESULTS.md's text with both tables made anew, each between its two marks."""
-    for name, table in (("arms", arms_table(results)), ("signs", signs_table(results))):
+    """RESULTS.md's text with its tables made anew, each between its two marks."""
+    tables = {"findings": findings_table, "arms": arms_table, "signs": signs_table}
+    for name, make in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n")
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- end of {name} -->" + rest.split(
-            f"<!-- end of {name} -->")[1]
+        _, after = rest.split(f"<!-- end of {name} -->")
+        text = f"{before}<!-- {name} -->\n{make(results)}\n<!-- end of {name} -->{after}"
     return text
 
 

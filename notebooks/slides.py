@@ -11,6 +11,8 @@ train on their way: all ten take some ten minutes on one core.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -69,7 +71,7 @@ class Lesson:
         os.chdir(ROOT)  # where the notebooks find their files
         while self.done <= number:
             plt.close("all")
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")  # such as that this window cannot be shown
                 code = compile(self.cells[self.done], f"cell {self.done}", "exec")
                 exec(code, self.names)  # noqa: S102 (our own lessons)

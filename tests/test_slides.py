@@ -90,9 +90,25 @@ def test_a_letter_of_the_journey_is_one_number() -> None:
 def test_the_tables_have_a_row_for_each_arm() -> None:
     arms = figures.arms_table(RESULTS).splitlines()
     assert len(arms) == 2 + len(RESULTS) + 1 and len({line.count("|") for line in arms}) == 1
+    claims = figures.findings_table(RESULTS).splitlines()
+    asked = [name for name, _ in figures.CLAIMS.values() if name in RESULTS]
+    assert len(claims) == 2 + len(asked) > 2 and len({line.count("|") for line in claims}) == 1
     signs = figures.signs_table(RESULTS).splitlines()
     papers = [name for name in RESULTS if figures.ARMS[name].paper is not None]
     assert len(signs) == 2 + len(papers) and len({line.count("|") for line in signs}) == 1
+
+
+@pytest.mark.parametrize(("full", "none", "verdict"), [
+    ([0.5, 0.52], [0.1, 0.11], "shown"), ([0.1, 0.11], [0.5, 0.52], "the opposite"),
+    ([0.5, 0.1], [0.2, 0.3], "not shown"), ([0.5], [0.1], "one run: a hint")])
+def test_a_verdict_follows_from_the_runs(full: list, none: list, verdict: str) -> None:
+    results = {}
+    for name, values in (("full", full), ("none", none)):
+        results[name] = {f"seed {seed}": {"tasks": {task: {"recall@10": value} for tasks, _ in
+                                                    figures.COLUMNS.values() for task in tasks}}
+                         for seed, value in enumerate(values)}
+    rows = figures.findings_table(results).splitlines()[2:]
+    assert rows and all(row.endswith(f" {verdict} |") for row in rows)
 
 
 @pytest.mark.repository
