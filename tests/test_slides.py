@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from measures import ROOT
 from PIL import Image
@@ -85,6 +86,17 @@ def test_a_letter_of_the_journey_is_one_number() -> None:
         else:
             assert sizes["B + M"] > sizes["B"] and sizes["N"] == sizes["B"] + sizes["B + M"]
     assert journey.glossary("NT")["N"] == "records in a batch"
+
+
+@pytest.mark.repository
+def test_the_journey_is_still_drawn(tmp_path: Path) -> None:
+    """What the code is now looks like the committed picture: no box or shape is of before."""
+    journey.draw_journey().savefig(tmp_path / "journey.png", dpi=100)
+    with (Image.open(tmp_path / "journey.png") as drawn,
+          Image.open(figures.FIGURES / "journey.png") as committed):
+        now, then = (np.asarray(picture.convert("L").resize((110, 111)), np.float32)
+                     for picture in (drawn, committed))
+    assert np.abs(now - then).max() < 40  # fonts and edges may differ a little
 
 
 def test_the_tables_have_a_row_for_each_arm() -> None:
