@@ -93,7 +93,7 @@ def count_fused(R: int, D: int, V: int) -> int:
 
 def draw_curves(plain: Memory, fused: Memory, logits: int, embedding: int) -> None:
     """What is alive during forward and backward of both losses; all in bytes."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
+    _, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
     titles = "plain: all logits at once", "fused: chunk by chunk"
     for axis, memory, colour, title in zip(axes, (plain, fused), (RED, BLUE), titles):
         sizes = np.array(memory.curve) / MB
@@ -162,7 +162,7 @@ def fused_loss_memory(path: Path | str) -> None:
 
 def draw_online(row: Tensor, steps: Sequence[tuple[float, float]]) -> None:
     """A row of 16 logits in four blocks, and how peak and sum follow. steps: (peak, sum)."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(10, 6), sharex=True, height_ratios=(3, 2.6))
+    _, (above, below) = plt.subplots(2, 1, figsize=(10, 6), sharex=True, height_ratios=(3, 2.6))
     shades = "#b9cbe8", "#7fa3d6", "#4674b8", "#1f4e9c"
     above.bar(range(16), row, color=[shades[k // 4] for k in range(16)], width=0.8)
     above.axhline(0, color="black", linewidth=0.8)
@@ -191,7 +191,7 @@ def draw_online(row: Tensor, steps: Sequence[tuple[float, float]]) -> None:
 
 def draw_cache(pairs: Sequence[int], wrong: dict, right_way: dict) -> None:
     """Loss and error of the gradient by pairs per chunk, accumulated and with the cache."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    _, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     places = range(len(pairs))
     for results, colour, name in ((wrong, RED, "accumulated over chunks"),
                                   (right_way, BLUE, "gradient cache")):
@@ -210,7 +210,7 @@ def draw_cache(pairs: Sequence[int], wrong: dict, right_way: dict) -> None:
 
 def draw_steps(plain: Memory, cached: Memory) -> None:
     """What is alive during a step of stage 2, without and with the gradient cache."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), sharey=True)
+    _, axes = plt.subplots(1, 2, figsize=(12, 3.8), sharey=True)
     titles = "direct: one graph for the whole batch", "gradient cache: a graph per chunk"
     for axis, memory, colour, title in zip(axes, (plain, cached), (RED, BLUE), titles):
         sizes = np.array(memory.curve) / MB
