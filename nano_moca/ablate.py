@@ -252,7 +252,7 @@ def print_table(results: Table) -> None:
 PANELS: dict[str, tuple[str, Judge]] = {
     "What is each part of stage 1 worth?": ("none mlm mae full", SYMBOLS),
     "Is it reconstruction, or only more data?":
-        ("causal none next-causal next next-double-causal next-double full", SYMBOLS),
+        ("none causal next next-causal next-double next-double-causal full", SYMBOLS),
     "How long should stage 1 be?": ("none quarter half full double four", SYMBOLS),
     "Long documents: pages and passages": ("no-documents full", DOCUMENTS),
     "Text-only pairs: other wordings": ("no-text-pairs full", TEXTS),
@@ -279,7 +279,7 @@ def plot(figure: Any, results: Table) -> None:
         axis.set_yticks(range(len(shown)), [ARMS[arm].about for arm in shown])
         axis.set(title=title, xlim=(0, None))
         axis.invert_yaxis()
-    figure.supxlabel("recall@10, unlabelled symbols or as titled (dashed: full; dotted: guessing)")
+    figure.supxlabel("recall@10: unlabelled symbols or as titled; dashed: both stages; dotted: chance")
 
 
 def ablate(flags: Flags) -> None:

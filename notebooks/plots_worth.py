@@ -212,7 +212,7 @@ def draw_widths(widths: Mapping[int, float], gaps: Mapping[str, float], have: in
     # Names of lines that lie close together move up, so that they can be read.
     lowest = 0.0
     for name, gap in sorted(gaps.items(), key=lambda item: item[1]):
-        lowest = max(gap, 1.25 * lowest)
+        lowest = max(gap, 1.35 * lowest)
         axis.text(last + 0.1, lowest, name, color=RED, va="center", fontsize=10)
     axis.axvline(have, color=GREY, linestyle="--")
     axis.text(have + 0.05, 0.35, "this table", color=GREY)
