@@ -6,12 +6,12 @@ Each arm is both stages with other flags, over some seeds; all are judged by the
 unseen pairs (`nano_moca.evaluate builtin`). Runs go two at a time, one thread each, up
 to a quarter of an hour a run. Interrupted ones resume; what stands in the table with the same
 recipe is not run again. Writes ablations.json (by arm and seed: recipe, hardware,
-minutes, all scores) and ablations.png beside it. Notebook 6 reads them beside the
+minutes, all scores) and ablations.png beside it. Notebook 9 reads them beside the
 paper's own table.
 
 Arms that the paper lacks separate the effect of reconstruction from that of more data:
 stage 1's records under the next-token loss, with the same and with twice the steps,
-then fine-tuned bidirectionally, or left causal. Where an arm drops tasks, stage 2 is
+then fine-tuned bidirectionally, or kept causal. Where an arm drops tasks, stage 2 is
 shorter by their steps, so that the others get as many as ever.
 """
 
@@ -81,17 +81,17 @@ ARMS: dict[str, Arm] = {
                         judge=DOCUMENTS),
     "no-text-pairs": Arm("no text-only pairs", without="text-only", paper=-0.4, judge=TEXTS),
     "mixed": Arm("mixed-task batches", stage_2="--task-batches off", paper=-0.3),
-    "causal": Arm("no stage 1, left causal", None, "--attention causal"),
+    "causal": Arm("no stage 1, kept causal", None, "--attention causal", paper=-1.1),
     "next": Arm("next-token stage 1", NEXT),
-    "next-causal": Arm("next-token stage 1, left causal", NEXT, "--attention causal"),
-    "next-double": Arm("the same, twice the steps", NEXT, steps_1=2),
-    "next-double-causal": Arm("the same, left causal", NEXT, "--attention causal", steps_1=2),
+    "next-causal": Arm("next-token stage 1, kept causal", NEXT, "--attention causal"),
+    "next-double": Arm("next-token stage 1, twice the steps", NEXT, steps_1=2),
+    "next-double-causal": Arm("the same, kept causal", NEXT, "--attention causal", steps_1=2),
     "quarter": Arm("a quarter of stage 1's steps", steps_1=0.25),
     "half": Arm("half of stage 1's steps", steps_1=0.5),
     "double": Arm("twice stage 1's steps", steps_1=2),
     "four": Arm("four times stage 1's steps", steps_1=4),
     "lora": Arm("adapters of rank 16 in both stages", "--lora 16", "--lora 16"),
-    "shelf": Arm("candidates of all kinds among the negatives", stage_2="--data builtin:all-kinds"),
+    "shelf": Arm("hard negatives of all kinds", stage_2="--data builtin:all-kinds"),
     "small": Arm("smaller model, both stages", small=True),
     "small-none": Arm("smaller model, no stage 1", None, small=True),
 }
@@ -252,7 +252,7 @@ def print_table(results: Table) -> None:
 PANELS: dict[str, tuple[str, Judge]] = {
     "What is each part of stage 1 worth?": ("none mlm mae full", SYMBOLS),
     "Is it reconstruction, or only more data?":
-        ("causal none next-causal next next-double-causal next-double full", SYMBOLS),
+        ("none causal next next-causal next-double next-double-causal full", SYMBOLS),
     "How long should stage 1 be?": ("none quarter half full double four", SYMBOLS),
     "Long documents: pages and passages": ("no-documents full", DOCUMENTS),
     "Text-only pairs: other wordings": ("no-text-pairs full", TEXTS),
@@ -277,9 +277,9 @@ def plot(figure: Any, results: Table) -> None:
             chance = measure(results[arm], (judge[0], f"chance {judge[1]}")).mean()
             axis.axvline(chance, color="#c8452c", linestyle=":")
         axis.set_yticks(range(len(shown)), [ARMS[arm].about for arm in shown])
-        axis.set(title=title, xlim=(0, 1))
+        axis.set(title=title, xlim=(0, None))
         axis.invert_yaxis()
-    figure.supxlabel("recall@10 (dashed: both stages; dotted: guessing)")
+    figure.supxlabel("recall@10: unlabelled symbols or as titled; dashed: both stages; dotted: chance")
 
 
 def ablate(flags: Flags) -> None:
