@@ -51,7 +51,7 @@ def draw_one_step(cosines: Tensor, probabilities: Tensor, gradient: Tensor) -> N
     """Three matrices of one batch, with the numbers in their cells."""
     _, axes = plt.subplots(1, 3, figsize=(13, 4.7))
     limit = float(gradient.abs().max())
-    drawn = ((axes[0], cosines, "1. cosines", 0, 1, "viridis"),
+    drawn = ((axes[0], cosines, "1. cosines", 0, 0.5, "viridis"),
              (axes[1], probabilities, "2. softmax of each row at 0.03", 0, 1, "viridis"),
              (axes[2], gradient, "3. gradient at the cosines", -limit, limit, "RdBu_r"))
     for axis, matrix, title, lowest, highest, colours in drawn:
@@ -106,12 +106,14 @@ def draw_temperatures(cosines: Tensor, own: int, twins: Sequence[int],
     order = cosines.argsort(descending=True)[:count].tolist()
     colours = [BLUE if j == own else RED if j in twins else GREY for j in order]
     _, axes = plt.subplots(1, 1 + len(temperatures), figsize=(13, 3.5))
+    highest = 1.1 * float((cosines / min(temperatures)).softmax(0).max())
     axes[0].bar(range(count), cosines[order], color=colours)
     axes[0].set(title="cosines", xlabel=f"the {count} nearest", xticks=[])
     for axis, temperature in zip(axes[1:], temperatures):
         p = (cosines / temperature).softmax(0)
         axis.bar(range(count), p[order], color=colours)
-        axis.set(title=f"temperature {temperature:g}", xlabel="the same", xticks=[], ylim=(0, 1))
+        axis.set(title=f"temperature {temperature:g}", xlabel="the same", xticks=[],
+                 ylim=(0, highest))
     axes[1].set_ylabel("softmax")
     for axis in axes[2:]:
         axis.set_yticklabels([])
@@ -217,7 +219,7 @@ def draw_twins(beaten: dict[str, dict[str, float]]) -> None:
         bars = axis.bar(places + shift, [values[name] for name in names], width * 0.95,
                         color=colour, label=model)
         axis.bar_label(bars, fmt="%.2f", fontsize=10, padding=2)
-    axis.axhline(0.5, color="black", linestyle=":", label="guessing")
+    axis.axhline(0.5, color="black", linestyle=":", label="guessing", zorder=0)
     axis.set(ylim=(0, 1.25), ylabel="twins beaten")
     axis.set_xticks(places, names)
     axis.legend(fontsize=10, frameon=False, ncols=4, loc="upper left")
