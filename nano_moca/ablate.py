@@ -90,7 +90,8 @@ ARMS: dict[str, Arm] = {
     "half": Arm("half of stage 1's steps", steps_1=0.5),
     "double": Arm("twice stage 1's steps", steps_1=2),
     "four": Arm("four times stage 1's steps", steps_1=4),
-    "lora": Arm("adapters of rank 16 in both stages", "--lora 16", "--lora 16"),
+    "lora": Arm("adapters of rank 16 in both stages", "--lora 16",
+                "--lora 16 --learning-rate 1e-3"),
     "shelf": Arm("hard negatives of all kinds", stage_2="--data builtin:all-kinds"),
     "small": Arm("smaller model, both stages", small=True),
     "small-none": Arm("smaller model, no stage 1", None, small=True),
@@ -248,15 +249,34 @@ def print_table(results: Table) -> None:
               f"{arm.judge[1]}, {' and '.join(arm.judge[0])}: {sign}, {verdict}")
 
 
+LENGTH = "How long should stage 1 be?"
+# The paper's figure 4, read off: its steps, and MMEB of the 3B model.
+PAPER_LENGTH = [200, 500, 1000, 2000, 3311], [65.7, 66.0, 66.5, 67.0, 67.5]
 # Titles of the picture's panels, the arms of each, and its figure.
 PANELS: dict[str, tuple[str, Judge]] = {
     "What is each part of stage 1 worth?": ("none mlm mae full", SYMBOLS),
     "Is it reconstruction, or only more data?":
         ("none causal next next-causal next-double next-double-causal full", SYMBOLS),
-    "How long should stage 1 be?": ("none quarter half full double four", SYMBOLS),
+    LENGTH: ("quarter half full double four", SYMBOLS),
     "Long documents: pages and passages": ("no-documents full", DOCUMENTS),
     "Text-only pairs: other wordings": ("no-text-pairs full", TEXTS),
     "What else can be changed?": ("mixed shelf lora small-none small full", SYMBOLS)}
+
+
+def plot_length(axis: Any, shown: list[str], results: Table) -> None:
+    """Stage 1's steps on a logarithmic axis: ours as line and dots, the paper's dashed beside
+    it, on a scale of its own."""
+    steps = [STEPS_1 * ARMS[arm].steps_1 for arm in shown]
+    values = [measure(results[arm], SYMBOLS) for arm in shown]
+    axis.plot(steps, [seeds.mean() for seeds in values], color="#1f4e9c")
+    for step, seeds in zip(steps, values, strict=True):
+        axis.plot([step] * len(seeds), seeds, "o", color="#222222", markersize=4)
+    axis.set(title=LENGTH, xscale="log", xlabel="steps", ylim=(0, None))
+
+    other = axis.twinx()
+    other.plot(*PAPER_LENGTH, "--s", color="#8a8a8a", markersize=3)
+    other.set_ylabel("the paper's MMEB (grey)", color="#8a8a8a")
+    other.tick_params("y", colors="#8a8a8a")
 
 
 @picture
@@ -266,6 +286,9 @@ def plot(figure: Any, results: Table) -> None:
     axes = panels(figure, 3, 2, 6.5, 2.6).flat
     for axis, (title, (arms, judge)) in zip(axes, PANELS.items(), strict=True):
         shown = [arm for arm in arms.split() if arm in results]
+        if title == LENGTH:
+            plot_length(axis, shown, results)
+            continue
         for row, arm in enumerate(shown):
             values = measure(results[arm], judge)
             axis.barh(row, values.mean(), color="#1f4e9c" if arm == "full" else "#9db4d8")
