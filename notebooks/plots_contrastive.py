@@ -83,7 +83,7 @@ def draw_history(history: Sequence[dict], guess_loss: float, guess_accuracy: flo
                   label="mean of the last ten")
         axis.axhline(guess, color="black", linestyle=":", label="guessing")
         axis.set(xlabel="step", title=f"{what} in the batch", ylim=(0, None))
-    axes[0].legend(fontsize=10, frameon=False)
+    axes[0].legend(fontsize=10, frameon=False, loc="center right")
     plt.show()
 
 
