@@ -71,7 +71,7 @@ class Arm(NamedTuple):
 
 NEXT = "--objective next-token"
 DOCUMENTS: Judge = (("page-retrieval", "long-text"), "recall@10")
-TEXTS: Judge = (("text-pairs",), "recall@10")
+TEXTS: Judge = (("text-pairs",), "recall@1")
 ARMS: dict[str, Arm] = {
     "full": Arm("both stages"),
     "none": Arm("no stage 1", None, paper=-2.1),
@@ -271,7 +271,10 @@ def plot_length(axis: Any, shown: list[str], results: Table) -> None:
     axis.plot(steps, [seeds.mean() for seeds in values], color="#1f4e9c")
     for step, seeds in zip(steps, values, strict=True):
         axis.plot([step] * len(seeds), seeds, "o", color="#222222", markersize=4)
-    axis.set(title=LENGTH, xscale="log", xlabel="steps", ylim=(0, None))
+    axis.set(title=LENGTH, xscale="log", xlabel="steps of stage 1", ylim=(0, None))
+    ticks = [200, 500, 1000, 2000, 4000, 8000]
+    axis.set_xticks(ticks, [f"{step:,}" for step in ticks])
+    axis.minorticks_off()
 
     other = axis.twinx()
     other.plot(*PAPER_LENGTH, "--s", color="#8a8a8a", markersize=3)
@@ -302,7 +305,8 @@ def plot(figure: Any, results: Table) -> None:
         axis.set_yticks(range(len(shown)), [ARMS[arm].about for arm in shown])
         axis.set(title=title, xlim=(0, None))
         axis.invert_yaxis()
-    figure.supxlabel("recall@10: unlabelled symbols or as titled; dashed: both stages; dotted: chance")
+    figure.supxlabel("recall@10 (of text-only pairs: recall@1) of unlabelled symbols, or as titled; "
+                     "dashed: both stages; dotted: chance")
 
 
 def ablate(flags: Flags) -> None:
