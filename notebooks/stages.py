@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -16,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from helpers import BLUE, GREY, RED, token_names
+from helpers import BLUE, GREY, RED, token_names, with_palette
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.textpath import TextPath
 from PIL import Image
+from torch import eye, zeros
 
 import train_cl
 import train_cpt
@@ -32,13 +35,13 @@ from nano_moca.config import BASE
 from nano_moca.families import load_config
 from nano_moca.masking import mask_batch
 from nano_moca.processor import Processor
-from torch import eye, zeros
 
 FILE = Path(__file__).resolve().parent / "figures" / "stages.png"
 WIDTH, HEIGHT, LEFT, RIGHT = 1200, 1228, 40, 1160  # hundredths of an inch
 INK, PALE, PINK, MIST, LINE = "#222222", "#e4edf7", "#fbe8e4", "#eff0f2", "#c4c8ce"
+MASK = "_"  # what the mask token looks like here
 SOFT = "#666666"  # of what is said beside: subtitles, files
-RECORD, TASK, DRAW, PAIRS = 5251, "caption-to-scene", 132, 4  # what is shown of the embedded data
+RECORD, TASK, DRAW, PAIRS = 1137, "caption-to-scene", 132, 4  # what is shown of the built-in data
 
 
 class Sheet:
@@ -76,12 +79,14 @@ class Sheet:
             (x, y), (to_x, to_y), arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0,
             color=color, lw=1.4, zorder=3))
 
-    def picture(self, pixels: np.ndarray | Image.Image, x: float, y: float, side: float,
+    def picture(self, pixels: np.ndarray | Image.Image, x: float, y: float, width: float,
                 edge: str = "none") -> None:
-        """A square picture, framed or not."""
-        self.axes.imshow(pixels, extent=(x, x + side, y + side, y), zorder=2)
-        self.axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0))
-        self.box(x, y, side, side, "none", edge, 0)
+        """A picture, framed or not."""
+        rows, columns = np.asarray(pixels).shape[:2]
+        height = width * rows / columns
+        self.axes.imshow(pixels, extent=(x, x + width, y + height, y), zorder=2)
+        self.axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), aspect="auto")
+        self.box(x, y, width, height, "none", edge, 0)
 
     def head(self, y: float, number: int, title: str, file: str, text: str) -> None:
         """A stage's title, the script that runs it, and what it does."""
@@ -114,9 +119,13 @@ def pattern(length: int, causal: bool) -> np.ndarray:
 def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
     """Down the page: a record, what is masked of it, the decoder, and what has to be restored."""
     flags, batch = train_cpt.Flags, processor.batch([BuiltinRecords()[RECORD]])
-    masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, [(0, RECORD)])
+    masked = mask_batch(batch, processor, flags.text_mask, flags.image_mask, [(0, RECORD)],
+                        flags.unhidden)
     masked_tokens = {*masked.text_index.tolist(), *masked.group_index.tolist()}
     names, images = token_names(processor, batch.tokens.tolist()), batch.image_index.tolist()
+    shown = token_names(processor, masked.batch.tokens.tolist())  # "_" where the mask token is
+    shown = [MASK if token == processor.mask_token else name
+             for name, token in zip(shown, masked.batch.tokens.tolist(), strict=True)]
     words, grid = range(images[-1] + 2, len(names) - 1), batch.grids[0].tolist()
     clear, seen = (processor.unpatchify(part.patches.numpy(), grid)
                    for part in (batch, masked.batch))
@@ -127,8 +136,9 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
         if row in masked_tokens:  # noise has colours, which would draw all eyes
             seen[group] = seen[group].mean(-1, keepdims=True)
 
-    size, side = 25, 124  # of a token and of a picture
-    widths = np.array([size if row in images else width_of(name) + 12
+    size, side = 25, 168  # of a token and of a picture
+    high = side * len(clear) / clear.shape[1]
+    widths = np.array([size if row in images else max(width_of(name), width_of(shown[row])) + 12
                        for row, name in enumerate(names)])
     gap = (RIGHT - LEFT - widths.sum()) / (len(names) - 1)
     lefts = LEFT + np.cumsum(widths + gap) - widths - gap
@@ -147,13 +157,15 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
         x += 66 + width_of(label)
     shares = [f"{100 * rate:.0f} %" for rate in (flags.image_mask, flags.text_mask)]
     sheet.text(first, 115, f"{shares[0]} of the 2x2 groups of patches become noise")
-    sheet.text(start, 222, f"{shares[1]} of the words become _")
-    sheet.text((first + last) / 2, 213, "masking.py", ha="center")
+    kept = f"{100 * flags.unhidden:.0f} %"
+    sheet.text(start, 162, f"{shares[1]} of the words are masked: most of them become {MASK},")
+    sheet.text(start, 182, f"{kept} of them become a random one, {kept} stay as they are")
+    sheet.text((first + last) / 2, 222, "masking.py", ha="center")
     sheet.text(end, 222, "masking.py", ha="right")
-    sheet.picture(clear, first, 134, side)
-    sheet.picture(seen, last - side, 134, side)
-    sheet.arrow(first + side + 10, 196, last - side - 10, 196)
-    sheet.arrow(last - side / 2, 259, last - side / 2, 281)
+    sheet.picture(clear, first, 142, side)
+    sheet.picture(seen, last - side, 142, side)
+    sheet.arrow(first + side + 10, 142 + high / 2, last - side - 10, 142 + high / 2)
+    sheet.arrow(last - side / 2, 142 + high + 2, last - side / 2, 281)
     sheet.part(first, 282, last, "ViT", "", "model.py")
 
     for row, name in enumerate(names):
@@ -168,13 +180,13 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
             sheet.arrow(middle, 318, middle, 345, color)
             sheet.picture(seen[group], x, 346, size, edge)
             if gone:
-                zoom = side / len(clear)
-                sheet.box(last - side + zoom * group[1].start, 134 + zoom * group[0].start,
+                zoom = side / clear.shape[1]
+                sheet.box(last - side + zoom * group[1].start, 142 + zoom * group[0].start,
                           zoom * step, zoom * step, "none", RED, 0)
                 sheet.picture(clear[group], x, 604, size, BLUE)
             continue
         sheet.box(x, 346, width, size, PINK if gone else MIST, RED if gone else "none")
-        sheet.text(middle, 358, "_" if gone else name, color=ink, ha="center")
+        sheet.text(middle, 358, shown[row], color=ink, ha="center")
         if row in words:
             sheet.text(middle, 258, name, color=ink, ha="center")
             sheet.arrow(middle, 272, middle, 345, color)
@@ -192,7 +204,7 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
             sheet.box(x + 9 * j, 414 + 9 * i, 8, 8, BLUE if sees else "white", radius=0)
         sheet.text(x + 98, 454, told)
     sheet.arrow(630, 454, 694, 454)
-    sheet.part(first, 540, last, "Patch decoder", "one layer over all tokens", "model.py")
+    sheet.part(LEFT, 540, last, "Patch decoder", "thrown away after stage 1", "model.py")
     sheet.part(start, 540, end, "Output head", "", "model.py")
     left, right = "MAE: squared error of pixels", "MLM: cross entropy of words"
     sheet.text(first, 664, left)
@@ -205,9 +217,10 @@ def draw_stage_1(sheet: Sheet, processor: Processor) -> None:
 def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
     """Across the page: pairs of one task, their unit vectors, and who is compared with whom."""
     flags, task = train_cl.Flags, builtin_tasks()[TASK]
-    twins = flags.hard_negatives
-    drawn = next(PairBatches({TASK: task}, processor, PAIRS, flags.max_tokens, twins, DRAW))
+    drawn = next(PairBatches({TASK: task}, processor, PAIRS, flags.max_tokens,
+                             flags.hard_negatives, DRAW))
     answers = [item.images[0] for item in drawn.records[PAIRS:]]  # and their twins
+    twins = len(answers) // PAIRS - 1  # of each query
     sheet.box(LEFT, 730, RIGHT - LEFT, 1, LINE, radius=0)
     sheet.head(776, 2, "Contrastive fine-tuning", "train_cl.py",
                "Pull each query towards its answer, and away from all other answers of the batch "
@@ -221,61 +234,70 @@ def draw_stage_2(sheet: Sheet, processor: Processor) -> None:
     sheet.text(x + 10, 850, "three kinds of pairs; every step is of one task")
     sheet.text(RIGHT, 850, "batches.py", ha="right")
 
-    top, step, size, cell, grid = 922, 62, 56, 31, 778
-    bottom, gap = top + step * (PAIRS - 1) + size, 10
-    for x, label in ((LEFT + 20, "query"), (262, "answer"), (332, "near twins"),
-                     (grid, "answers"), (grid + cell * PAIRS + gap, "near twins of each")):
+    top, step, size, cell, grid = 922, 62, 42, 31, 782
+    wide, bottom, gap = 3 * size, top + step * (PAIRS - 1) + size, 6
+    across = (RIGHT - grid - gap) / len(answers)  # of a column of the matrix
+    for x, label in ((LEFT + 20, "query"), (242, "answer"), (250 + wide, "near twin"),
+                     (grid, "answers"), (grid + across * PAIRS + gap, "near twins of each")):
         sheet.text(x, top - 18, label, color=SOFT)
     for i, query in enumerate(drawn.records[:PAIRS]):
-        y, told = top + step * i, processor.tokenizer.decode(query.tokens.tolist()).split(", ")
+        y, told = top + step * i, processor.tokenizer.decode(query.tokens.tolist())
+        wanted, named = told.split(": ")
+        told = f"{wanted}:\n{textwrap.fill(named, 24)}"
         sheet.text(LEFT, y + size / 2, str(i + 1), color=GREY)
         sheet.text(grid - 18, top + cell * (i + 1.5), str(i + 1), color=GREY)
-        lines = ", ".join(told[:2]), ", ".join(told[2:])
-        sheet.text(LEFT + 20, y + size / 2, ",\n".join(lines), 10.5)
-        sheet.picture(answers[i], 262, y, size, BLUE)
+        sheet.text(LEFT + 20, y + size / 2, told, 10)
+        sheet.picture(answers[i], 242, y, wide, BLUE)
         for k in range(twins):
-            sheet.picture(answers[PAIRS + twins * i + k], 332 + step * k, y, size, RED)
+            sheet.picture(answers[PAIRS + twins * i + k], 250 + (wide + 8) * (k + 1) - 8, y, wide,
+                          RED)
 
-    x, y, radius = 664, (top + bottom) / 2, 52
-    sheet.box(482, top, 96, bottom - top)
-    sheet.text(530, y - 12, "the same\nmodel", ha="center", weight="bold")
-    sheet.text(530, y + 24, "model.py", ha="center")
+    x, y, radius = 690, (top + bottom) / 2, 44
+    sheet.box(526, top, 88, bottom - top)
+    sheet.text(570, y - 12, "the same\nmodel", ha="center", weight="bold")
+    sheet.text(570, y + 24, "model.py", ha="center")
     sheet.text(x, top + 26, "mean of the\nhidden states,\nat unit length", ha="center")
     sheet.axes.add_patch(Circle((x, y), radius, fc="none", ec=LINE, lw=1.4))
     for angle, color in ((150, LINE), (215, LINE), (280, LINE), (-15, RED), (95, RED), (25, BLUE),
                          (50, INK)):
-        across, down = radius * np.cos(np.radians(angle)), radius * np.sin(np.radians(angle))
-        sheet.arrow(x, y, x + across, y - down, color)
-    sheet.text(x + 40, y - 48, "query", 10.5)
-    for begin, end in ((456, 481), (578, 604), (724, 750)):
+        turn = np.radians(angle)
+        sheet.arrow(x, y, x + radius * np.cos(turn), y - radius * np.sin(turn), color)
+    sheet.text(x + 26, y - 46, "query", 10)
+    for begin, end in ((506, 525), (615, 641), (738, 757)):
         sheet.arrow(begin, y, end, y)
 
-    colors = {"its answer": BLUE, "its near twins": RED, "the others' answers": LINE,
+    colors = {"its answer": BLUE, "its near twin": RED, "the others' answers": LINE,
               "not compared": "white"}
     for j, picture in enumerate(answers):
-        x = grid + cell * j + gap * (j >= PAIRS)
-        sheet.picture(picture, x + 1, top, cell - 2)
+        x = grid + across * j + gap * (j >= PAIRS)
+        sheet.picture(picture, x + 1, top + 10, across - 2)
         for i, pair in enumerate(drawn.local_index.tolist()):
-            kind = ("not compared" if drawn.excluded[i, j] else "its near twins" if j >= PAIRS
+            kind = ("not compared" if drawn.excluded[i, j] else "its near twin" if j >= PAIRS
                     else "its answer" if j == pair else "the others' answers")
-            sheet.box(x + 1, top + cell * (i + 1) + 1, cell - 2, cell - 2, colors[kind],
+            sheet.box(x + 1, top + cell * (i + 1) + 1, across - 2, cell - 2, colors[kind],
                       LINE if drawn.excluded[i, j] else "none", 3)
     for index, (kind, color) in enumerate(colors.items()):
-        x, y = grid + 200 * (index % 2), top + 170 + 23 * (index // 2)
+        x, y = grid + 190 * (index % 2), top + 170 + 23 * (index // 2)
         sheet.box(x + 1, y, 14, 14, color, LINE if color == "white" else "none", 3)
         sheet.text(x + 24, y + 7, kind)
     sheet.formula(grid, top + 248, RIGHT,
                   f"InfoNCE = \u2212log softmax(cos / {flags.temperature})", "losses.py")
 
 
-def draw_stages(path: Path = FILE) -> None:
-    """Both stages on one sheet, in 256 colours."""
-    processor, sheet, file = Processor.load(BASE, load_config(BASE)), Sheet(), io.BytesIO()
+def both_stages() -> Figure:
+    """On one sheet."""
+    processor, sheet = Processor.load(BASE, load_config(BASE)), Sheet()
     draw_stage_1(sheet, processor)
     draw_stage_2(sheet, processor)
-    sheet.figure.savefig(file, dpi=150)
-    plt.close(sheet.figure)
-    Image.open(file).convert("RGB").quantize(256).save(path, "png", optimize=True)
+    return sheet.figure
+
+
+def draw_stages(path: Path = FILE) -> None:
+    """Both stages as a file, in 256 colours."""
+    figure, file = both_stages(), io.BytesIO()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    with_palette(Image.open(file).convert("RGB")).save(path, "png", optimize=True)
 
 
 if __name__ == "__main__":

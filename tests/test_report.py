@@ -23,7 +23,10 @@ from PIL import Image
 import train_cpt
 from nano_moca import Moca, MocaError, Record
 from nano_moca.batch import Pair
+from nano_moca.builtin import BuiltinRecords
 from nano_moca.distributed import World
+from nano_moca.masking import mask_batch
+from nano_moca.model import ReconstructionModel
 from nano_moca.report import stage1, stage2
 from nano_moca.report.curves import plot_losses
 from nano_moca.report.pictures import panels, picture
@@ -250,7 +253,8 @@ def test_restorations_are_drawn_by_the_main_rank_after_the_scores(tmp_path: Path
                                                                   capsys):
     """The model runs on all ranks, whatever becomes of the picture."""
     ran = []
-    views = [[(np.zeros((28, 28, 3)), text) for text in ("$a $b", "[$] 文", "\x00" * 99)]] * 2
+    texts = ("$a $b", "[$] 文", "\x00" * 99)
+    views = [[(np.zeros((28, 28, 3)), [(text, stage1.SEEN)]) for text in texts]] * 2
     record = SimpleNamespace(grids=[(1, 2, 2)])
     batch = SimpleNamespace(micro_batches=[[(0, record)]])
     monkeypatch.setattr(Unseen, "__next__", lambda _: batch)
@@ -262,6 +266,38 @@ def test_restorations_are_drawn_by_the_main_rank_after_the_scores(tmp_path: Path
     stage1.write_report(flags, MAIN, None, None, Unseen(0), LINES, False)
     assert is_picture(tmp_path / "reconstruction.png") and is_picture(tmp_path / "loss.png")
     assert json.loads((tmp_path / "scores.json").read_text())["words restored"] is None
+
+
+def test_restored_words_are_coloured_by_right_and_wrong(moca: Moca, monkeypatch):
+    """And only they: what was given is in the colour of all texts."""
+    model = ReconstructionModel(moca.model)
+    record = moca.processor.encode(BuiltinRecords()[0])
+    masked = mask_batch(moca.processor.pack([record]), moca.processor, 0.9, 0.5, [(0, 0)])
+    count = len(masked.labels)
+    assert count > 1 and len(masked.group_index)
+
+    # The first masked word is restored, and no other.
+    answers = (masked.labels + 1) % 100
+    answers[0] = masked.labels[0]
+    monkeypatch.setattr(stage1, "restore", lambda *_: (answers, masked.target * 0))
+    (column,) = stage1.restorations(model, moca.processor, [(0, record)], 0.9, 0.5, 0, MAIN, False)
+    given, restored, original = (words for _, words in column)
+    colours = [colour for _, colour in restored if colour != stage1.SEEN]
+    assert colours == [stage1.RIGHT] + [stage1.WRONG] * (count - 1)
+    assert [word for word, _ in given].count(" _") == count
+    for words in (given, original):
+        assert {colour for _, colour in words} == {stage1.SEEN}
+
+
+def test_words_below_a_picture_fill_at_most_four_lines():
+    axis = Figure().subplots()
+    stage1.show_words(axis, [(" word\n", "#123456"), ("a" * 40, "#654321")] + [(" more", "#000000")] * 99)
+    texts = axis.texts
+    assert [text.get_text() for text in texts[:2]] == ["word ", "a" * 30]
+    assert [text.get_color() for text in texts[:2]] == ["#123456", "#654321"]
+    places = [text.xyann for text in texts]
+    assert len(places) == len(set(places)) and len({y for _, y in places}) == 4
+    assert all(x >= 0 and y < 0 for x, y in places)
 
 
 @pytest.mark.parametrize(("values", "expected"), [

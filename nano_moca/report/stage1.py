@@ -11,7 +11,7 @@ Whatever runs the model is called on all ranks, as a sharded model needs.
 """
 
 import math
-import textwrap
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from nano_moca.report.pictures import panels, picture, report_on
 
 REPORT_TOKENS = 8192  # of unseen records
 Items = list[tuple[int, EncodedRecord]]  # (number in the run, record)
-View = tuple[np.ndarray, str]  # a record's picture [height, width, 3], and its words
+Words = list[tuple[str, str]]  # each with its colour
+View = tuple[np.ndarray, Words]  # a record's picture [height, width, 3], and its words
+SEEN, RIGHT, WRONG = "#222222", "#2f6db5", "#c8452c"  # colours of words: given, or restored
 
 
 def write_report(flags: Any, world: World, model: ReconstructionModel, processor: Processor,
@@ -53,7 +55,7 @@ def write_report(flags: Any, world: World, model: ReconstructionModel, processor
             scores |= cross_modal_report(model, processor, items, *masking, world, causal)
 
             # A column of the picture has room for one image.
-            shown = [item for item in items if len(item[1].grids) == 1][:8]
+            shown = [item for item in items if len(item[1].grids) == 1][:4]
             columns = restorations(model, processor, shown, *masking, world, causal)
 
     # The scores first: they are what counts.
@@ -181,8 +183,8 @@ def restorations(
     """Each record masked, restored and as it was.
 
     items: records with one image each. A masked group is grey (the model gets noise
-    there), a masked token is _; of what is restored, [words] and masked groups are the
-    model's.
+    there), a masked token is _; of what is restored, masked groups and coloured words are
+    the model's.
     """
     decode = processor.tokenizer.decode
     columns = []
@@ -200,18 +202,19 @@ def restorations(
         restored[is_masked] = pixels.numpy()
 
         # Words by tokens; a special token is "".
-        words = [decode([token]) for token in record.tokens.tolist()]
+        words = [(decode([token]), SEEN) for token in record.tokens.tolist()]
         blanks = list(words)
         answers = list(words)
-        for index, token in zip(masked.text_index.tolist(), tokens.tolist(), strict=True):
-            blanks[index] = " _"
-            answers[index] = f" [{decode([token]).strip()}]"
+        right = tokens == masked.labels  # [R]
+        for index, token, is_right in zip(masked.text_index.tolist(), tokens, right, strict=True):
+            blanks[index] = (" _", SEEN)
+            answers[index] = (decode([int(token)]), RIGHT if is_right else WRONG)
 
         # As pictures, with the words beside them.
         column = []
         for groups, parts in (grey, blanks), (restored, answers), (original, words):
             patches = groups.reshape(-1, processor.config.vision.patch_values)  # [P, 1176]
-            column.append((processor.unpatchify(patches, record.grids[0]), "".join(parts)))
+            column.append((processor.unpatchify(patches, record.grids[0]), parts))
         columns.append(column)
     return columns
 
@@ -220,11 +223,29 @@ def restorations(
 def plot_restorations(figure: Any, columns: list[list[View]]) -> None:
     """One column per record, as `restorations` gives them: masked, restored, original;
     below each picture, the words."""
-    axes = panels(figure, 3, len(columns), 2.1, 2.7)
+    axes = panels(figure, 3, len(columns), 2.6, 1.7)
     for column, views in zip(axes.T, columns, strict=True):
         for axis, (pixels, words) in zip(column, views, strict=True):
             axis.imshow(pixels)
-            axis.set(xticks=[], yticks=[])
-            axis.set_xlabel("\n".join(textwrap.wrap(words, 28)[:4]), fontsize=7)
+            axis.set(xticks=[], yticks=[], anchor="NW")
+            show_words(axis, words)
     for axis, name in zip(axes[:, 0], ("masked", "restored", "original"), strict=True):
         axis.set_ylabel(name)
+
+
+def show_words(axis: Any, words: Words) -> None:
+    """Words below a picture, each in its colour, in at most 4 lines of 30 characters."""
+    column, line = 0, 1
+    for word, colour in words:
+        if column + len(word.rstrip(",")) > 30:
+            column, line = 0, line + 1
+        if line > 4:
+            break
+
+        # Letters of one width, 5.72 points at this size, so that a word's place follows from
+        # the letters before it. A line end in a text is no line end of the picture.
+        text = re.sub(r"\s", " ", word if column else word.lstrip())[:30]
+        axis.annotate(text, (0, 0), (5.72 * column, -12 * line), "axes fraction", "offset points",
+                      color=colour, fontsize=9.5, family="monospace",
+                      weight="normal" if colour == SEEN else "bold")
+        column += len(text)
