@@ -204,14 +204,14 @@ def image_blocks() -> None:
     # They are rectangles of neighbours, in each of a record's pictures.
     blocks = draw("--image-blocks", numbered)
     masks = masks_of(blocks)
-    below, beside = agreement(masks)
+    below, beside = agreement(masks[10:])  # the smaller ones
     demand(min(below, beside) > 0.64, f"of neighbouring groups {below:.2f} (in a column) and "
            f"{beside:.2f} (in a row) share their fate; single groups have 0.50, rectangles over "
            "0.64. (Has every image, of the several in a record, its own rows and columns?)")
     for place in (0, 1):
-        second = masks_of(draw("--image-blocks", numbered[1:48:2]))[place::2]
+        second = masks_of(draw("--image-blocks", numbered[9:48:2]))[place::2]
         demand(min(agreement(second)) > 0.6, "records with two pictures: the masks of picture "
-               f"{place + 1} are no rectangles of it")
+               f"{place + 1} are no rectangles of it. (Has each its own rows and columns?)")
     distinct = {mask.tobytes() for mask in masks}
     demand(len(distinct) > 0.9 * len(masks), "many pictures have the same mask")
 
