@@ -7,7 +7,7 @@ that it has had, is in convert/configs.py, and for Qwen3-VL in qwen3/config.py.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-BASE = Path(__file__).parent / "base"  # the nano base: two million parameters
+BASE = Path(__file__).parent / "base"  # the nano base: 1.2 million parameters
 
 
 @dataclass(frozen=True)

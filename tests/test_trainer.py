@@ -77,7 +77,7 @@ def test_help_shows_defaults_that_say_something(capsys: pytest.CaptureFixture) -
     with pytest.raises(SystemExit):
         parse_flags(CommonFlags, ["--help"], "About.")
     text = " ".join(capsys.readouterr().out.split())  # however wide the terminal
-    assert "(default: 1000)" in text and "masks and new weights (default: 0)" in text
+    assert "(default: 2000)" in text and "masks and new weights (default: 0)" in text
     assert "None" not in text and "False" not in text
 
 
