@@ -4,8 +4,8 @@
 
 stages          how the two stages work (stages.py)
 journey         one batch on its way through the model, with the shape of every tensor (journey.py)
-search          what a caption finds, with the captioner that all starts from and after both
-                stages (notebooks/embedder)
+search          what a caption finds, with the captioner that all starts from, after stage 2 alone
+                (notebooks/embedder_without_stage_1) and after both (notebooks/embedder)
 captions        what the nano base says to unseen scenes, and how often it is right
 reconstruction  what a run of stage 1 restores: that in FOLDER, by default runs/cpt
 tables          no picture: RESULTS.md's tables are made anew from ablations.json
@@ -60,6 +60,7 @@ from nano_moca.report.ranking import rank_pairs
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "notebooks" / "figures"
 EMBEDDER = ROOT / "notebooks" / "embedder"
+STAGE_2_ALONE = ROOT / "notebooks" / "embedder_without_stage_1"
 INK = "#222222"
 
 
@@ -127,17 +128,19 @@ def draw_captions() -> Figure:
 
 def draw_search(queries: tuple[int, int] = (158, 140)) -> Figure:
     """Two captions, each among 600 unseen scenes: one of labelled symbols, one of symbols that
-    only stage 1 saw. The five nearest scenes before and after training, the right one framed."""
+    only stage 1 saw. The five nearest scenes before training, after stage 2 alone and after both
+    stages, the right one framed."""
     tasks = {"symbols of the labelled pairs": builtin_tasks("test")["caption-to-scene"],
              "symbols that no labelled pair showed": factor_tasks("test")[UNLABELLED[1]]}
     models = {"before: a captioner": nano_moca.load(BASE, "cpu", None, "causal", "last"),
+              "stage 2 alone": nano_moca.load(STAGE_2_ALONE, "cpu", processor=BASE),
               "after both stages": nano_moca.load(EMBEDDER, "cpu")}
-    figure = plt.figure(figsize=(11, 4.9))
+    figure = plt.figure(figsize=(11, 6.6))
     for half, ((what, task), query) in enumerate(zip(tasks.items(), queries, strict=True)):
         asked = task[query].query.text.removeprefix("Find a picture: ").removesuffix(END)
         top = 1 - half / 2
-        figure.text(0.01, top - 0.045, f"“{asked}”", fontsize=16, color=INK, va="center")
-        figure.text(0.99, top - 0.045, what, fontsize=11.5, color=GREY, ha="right", va="center")
+        figure.text(0.01, top - 0.03, f"“{asked}”", fontsize=16, color=INK, va="center")
+        figure.text(0.99, top - 0.03, what, fontsize=11.5, color=GREY, ha="right", va="center")
         for line, (name, moca) in enumerate(models.items()):
             ranking = rank_pairs(task, lambda records, moca=moca: moca.embed(records).numpy())
             places, of = ranking.places(), len(ranking.candidates)
@@ -145,13 +148,13 @@ def draw_search(queries: tuple[int, int] = (158, 140)) -> Figure:
             print(f"{what}, {name}: recall@10 {found:.3f}, query {query}: {places[query]} of {of}")
 
             # Beside the pictures: where the right one stands, and how often it is among the first.
-            bottom = top - 0.245 - 0.19 * line
-            figure.text(0.01, bottom + 0.06, f"{name}\nright one: {places[query]} of {of}\n"
+            bottom = top - 0.185 - 0.145 * line
+            figure.text(0.01, bottom + 0.045, f"{name}\nright one: {places[query]} of {of}\n"
                         f"in the first ten:\n{found:.0%} of {len(places)} captions",
                         fontsize=10.5, color=INK, va="center")
             nearest = np.argsort(-ranking.similarities[query], kind="stable")
             for number, answer in enumerate(nearest[:5]):
-                axis = figure.add_axes((0.185 + 0.164 * number, bottom, 0.152, 0.12))
+                axis = figure.add_axes((0.185 + 0.164 * number, bottom, 0.152, 0.09))
                 axis.imshow(ranking.candidates[answer].images[0], aspect="auto")
                 axis.set(xticks=[], yticks=[])
                 right = answer == ranking.right[query]
