@@ -82,6 +82,7 @@ ARMS: dict[str, Arm] = {
     "no-text-pairs": Arm("no text-only pairs", without="text-only", paper=-0.4, judge=TEXTS),
     "mixed": Arm("mixed-task batches", stage_2="--task-batches off", paper=-0.3),
     "causal": Arm("no stage 1, kept causal", None, "--attention causal", paper=-1.1),
+    "full-causal": Arm("both stages, kept causal", "--attention causal", "--attention causal"),
     "next": Arm("next-token stage 1", NEXT),
     "next-causal": Arm("next-token stage 1, kept causal", NEXT, "--attention causal"),
     "next-double": Arm("next-token stage 1, twice the steps", NEXT, steps_1=2),
@@ -254,7 +255,7 @@ LENGTH = "How long should stage 1 be?"
 PAPER_LENGTH = [200, 500, 1000, 2000, 3311], [65.7, 66.0, 66.5, 67.0, 67.5]
 # Titles of the picture's panels, the arms of each, and its figure.
 PANELS: dict[str, tuple[str, Judge]] = {
-    "What is each part of stage 1 worth?": ("none mlm mae full", SYMBOLS),
+    "What is each part of stage 1 worth?": ("none mlm mae full-causal full", SYMBOLS),
     "Is it reconstruction, or only more data?":
         ("none causal next next-causal next-double next-double-causal full", SYMBOLS),
     LENGTH: ("quarter half full double four", SYMBOLS),
