@@ -48,7 +48,7 @@ class Flags(CommonFlags):
     unhidden: float = flag(0.2, "share of masked tokens that keep their word, and share that "
                            "show a random one; MoCa: 0, BERT: 0.1", low=0, high=0.5)
     image_mask: float = flag(0.5, "share of patch groups masked; 0 turns MAE off", low=0, high=1)
-    mae_weight: float = flag(0.5, "weight of the patch loss; 0 turns MAE off", low=0, high=1e4)
+    mae_weight: float = flag(5.0, "weight of the patch loss; MoCa: 0.5; 0: no MAE", low=0, high=1e4)
 
 
 def masked_steps(batches: TokenBatches, processor: Processor, flags: Flags, world: World
