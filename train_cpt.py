@@ -8,10 +8,11 @@ autoencoding, MAE):
 
 The paper's best weight is 0.5; the released script has 0.1 (scripts/cpt_train.sh:56). Here
 it is 5: AdamW divides a step by the size of the gradient, and at 0.5 the miniature's steps
-are MLM's alone (notebook 3 measures that, LOG.md what it costs). Without flags it starts from the nano base and the built-in
-data, and takes minutes on a laptop. `--objective next-token` is the control: the same
-data under the causal next-token loss. The letters of all shapes stand in
-nano_moca/__init__.py.
+are MLM's alone (notebook 3 measures that, LOG.md what it costs).
+
+Without flags it starts from the nano base and the built-in data, and takes minutes on a
+laptop. `--objective next-token` is the control: the same data under the causal next-token
+loss. The letters of all shapes stand in nano_moca/__init__.py.
 """
 
 import os

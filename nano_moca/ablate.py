@@ -306,8 +306,8 @@ def plot(figure: Any, results: Table) -> None:
         axis.set_yticks(range(len(shown)), [ARMS[arm].about for arm in shown])
         axis.set(title=title, xlim=(0, None))
         axis.invert_yaxis()
-    figure.supxlabel("recall@10 (of text-only pairs: recall@1) of unlabelled symbols, or as titled; "
-                     "dashed: both stages; dotted: chance")
+    figure.supxlabel("recall@10 (of text-only pairs: recall@1) of unlabelled symbols, or as "
+                     "titled; dashed: both stages; dotted: chance")
 
 
 def ablate(flags: Flags) -> None:

@@ -113,7 +113,8 @@ def draw_captions() -> Figure:
     rows = {"symbols that it knows": KNOWN, "the 24 others": NEW}
     for row, (title, names) in zip(axes, rows.items(), strict=True):
         scores = caption_scores(moca, names)
-        print(f"{title}: {scores['words']:.1%} of words, {scores['captions']:.1%} of captions right")
+        print(f"{title}: {scores['words']:.1%} of words and {scores['captions']:.1%} of captions",
+              "right")
         for axis, (scene, said) in zip(row, scores["examples"], strict=False):
             axis.imshow(scene.image())
             axis.set(xticks=[], yticks=[])

@@ -54,7 +54,8 @@ def patches_and_rows(image: Image.Image, rows: Tensor, grid: tuple[int, int, int
     """An image, its numbered patches, and the rows of numbers that they become."""
     figure = plt.figure(figsize=(13, 4.6))
     places = figure.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1, 1.3))
-    show(figure.add_subplot(places[0, 0]), image, f"the image, {image.width} x {image.height} pixels")
+    title = f"the image, {image.width} x {image.height} pixels"
+    show(figure.add_subplot(places[0, 0]), image, title)
 
     # Patches, with the number of the row that each becomes.
     canvas, tops, lefts = cut_apart(image)
@@ -126,7 +127,7 @@ def frequencies(turns: Tensor, axes_of: Sequence[int]) -> None:
 
 
 def three_positions(positions: np.ndarray, image_index: Tensor, page: Image.Image) -> None:
-    """The three positions of each token of a sentence, and those of the image tokens on the page."""
+    """The three positions of each token of a sentence, and those of the page's image tokens."""
     first, last = int(image_index[0]), int(image_index[-1])
     _, axes = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=(1.2, 1))
     axes[0].axvspan(first - 0.5, last + 0.5, color="#eef3fa")
@@ -267,7 +268,8 @@ def growing_mean(scores: dict[str, np.ndarray], guessing: float) -> None:
     for (name, values), colour in zip(scores.items(), (RED, BLUE)):
         axis.plot(range(1, len(values) + 1), values, "o-", color=colour, label=name)
     axis.axhline(guessing, color=GREY, linestyle=":", label="guessing")
-    axis.set(xlabel="k: the mean of the first k hidden states", ylabel="symbols read (mean of three)",
+    axis.set(xlabel="k: the mean of the first k hidden states",
+             ylabel="symbols read (mean of three)",
              ylim=(0, 1), xticks=range(1, len(values) + 1))
     axis.legend(frameon=False, loc="upper left", ncol=3)
     plt.show()

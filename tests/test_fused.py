@@ -145,7 +145,7 @@ def test_a_file_with_the_padding_is_refused(moca: Moca, checkpoint: Path) -> Non
 def test_a_width_that_is_a_multiple_of_8_is_left_alone() -> None:
     """The nano base's parameters have the shapes that they had."""
     config = load_config(BASE)
-    assert config.vision.padded_mlp_width == config.vision.mlp_width == 256
+    assert config.vision.padded_mlp_width == config.vision.mlp_width == 176
 
 
 # --- grouped heads --------------------------------------------------------------------------

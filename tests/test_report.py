@@ -291,7 +291,8 @@ def test_restored_words_are_coloured_by_right_and_wrong(moca: Moca, monkeypatch)
 
 def test_words_below_a_picture_fill_at_most_four_lines():
     axis = Figure().subplots()
-    stage1.show_words(axis, [(" word\n", "#123456"), ("a" * 40, "#654321")] + [(" more", "#000000")] * 99)
+    words = [(" word\n", "#123456"), ("a" * 40, "#654321"), *[(" more", "#000000")] * 99]
+    stage1.show_words(axis, words)
     texts = axis.texts
     assert [text.get_text() for text in texts[:2]] == ["word ", "a" * 30]
     assert [text.get_color() for text in texts[:2]] == ["#123456", "#654321"]

@@ -41,7 +41,8 @@ def test_a_slide_can_be_the_figure_of_a_cell(tmp_path: Path, monkeypatch) -> Non
     """The cells before it are run, once, and those after it are not."""
     monkeypatch.setattr(slides, "LESSONS", tmp_path)
     monkeypatch.setattr(slides, "SLIDES", {"one": slides.DrawnBy("plot(1"), "two":
-                                           slides.DrawnBy("plot(2"), "none": slides.DrawnBy("runs")})
+                                           slides.DrawnBy("plot(2"),
+                                           "none": slides.DrawnBy("runs")})
     monkeypatch.chdir(tmp_path)
     lesson(tmp_path, "import matplotlib.pyplot as plt\nruns = [0]", "runs[0] += 1",
            "plt.figure()\nplt.title(str(runs))\nplt.plot(1, 1)\nplt.show()",
