@@ -29,7 +29,7 @@ from nano_moca.report import stage1
 
 SCRIPT = train_cpt
 STEPS = 6
-DEFAULTS = f"--steps {STEPS} --batch-tokens 300 --device cpu"
+DEFAULTS = f"--mae-weight 0.5 --steps {STEPS} --batch-tokens 300 --device cpu"
 FIGURES = {"step", "loss", "mlm_loss", "mae_loss", "lr", "grad_norm", "tokens"}  # but for speed
 
 
