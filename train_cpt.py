@@ -85,10 +85,10 @@ def draw_report(flags: Flags, world: World, model: ReconstructionModel, processo
     ranks the same."""
     from nano_moca.report import stage1  # imported here: training needs none of it
 
-    # A sampler of its own. It lists none that cannot be used, for no step used them.
+    # A sampler and a state of its own. It lists none that cannot be used: no step used them.
     unlisted = Path(os.devnull) if batches.skipped else None
     unseen = TokenBatches(batches.records, processor, stage1.REPORT_TOKENS, flags.max_tokens,
-                          flags.seed, skipped=unlisted, state=data_state)
+                          flags.seed, skipped=unlisted, state=dict(data_state))
     stage1.write_report(flags, world, model, processor, unseen, log.lines, is_causal(flags))
 
 
