@@ -209,8 +209,10 @@ def check(seeds: dict[str, dict]) -> None:
 def measure(seeds: dict[str, dict], judge: Judge) -> np.ndarray:
     """The mean of a figure over some tasks for each seed of an arm, [seeds]."""
     tasks, figure = judge
-    return np.array([[run["tasks"][task][figure] for task in tasks]
-                     for run in seeds.values()]).mean(1)
+    means = []
+    for run in seeds.values():
+        means.append(np.mean([run["tasks"][task][figure] for task in tasks]))
+    return np.array(means)
 
 
 # Student's t at 0.975 by degrees of freedom.
@@ -251,7 +253,7 @@ def print_table(results: Table) -> None:
 
 
 LENGTH = "How long should stage 1 be?"
-# The paper's figure 4, read off: its steps, and MMEB of the 3B model.
+# Read off the paper's curve: steps of stage 1, and MMEB of the 3B model.
 PAPER_LENGTH = [200, 500, 1000, 2000, 3311], [65.7, 66.0, 66.5, 67.0, 67.5]
 # Titles of the picture's panels, the arms of each, and its figure.
 PANELS: dict[str, tuple[str, Judge]] = {

@@ -70,7 +70,7 @@ class CommonFlags:
     resume: bool = flag(False, "continue from the checkpoint in --output")
     on_error: str = flag("stop", "what to do with an unusable record", choices=("stop", "skip"))
     plan: str = flag(None, "say what the run needs on a card of so many GB (80; eight: 80x8)")
-    no_report: bool = flag(False, "skip the report and its pictures at the end")
+    no_report: bool = flag(False, "skip the reports, their scores and pictures")
 
 
 def parse_flags(kind: type, argv: list[str] | None, description: str, prog: str = "") -> Any:

@@ -60,10 +60,7 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
     # Group number j belongs to the token image_index[j]. Image tokens are special tokens.
     maskable = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
 
-    # What may stand in a word's place: any text token that has an id.
-    words = processor.words  # [W]
-
-    # Filled record by record. True: masked.
+    # Filled record by record: the tokens as the model sees them, and what is masked.
     shown = batch.tokens.clone()  # [T]
     token_masked = torch.zeros_like(maskable)  # [T]
     group_masked = torch.zeros(len(batch.pixels), dtype=torch.bool)  # [J]
@@ -87,7 +84,8 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
 
         # What is seen there: the mask token, a random word, or the word itself.
         fate = torch.from_numpy(text_rng.random(len(masked_tokens), np.float32))
-        others = words[text_rng.integers(len(words), size=len(masked_tokens))]
+        drawn = text_rng.integers(len(processor.ordinary_tokens), size=len(masked_tokens))
+        others = processor.ordinary_tokens[drawn]
         seen = torch.where(fate < 2 * unhidden, others, processor.mask_token)
         shown[masked_tokens] = torch.where(fate < unhidden, shown[masked_tokens], seen)
 

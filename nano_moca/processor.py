@@ -184,11 +184,12 @@ class Processor:
                 raise MocaError(f"{source}: {token} is {ids.get(token)}, in config.json it is "
                                 f"{config.raw.get(key)}: take both from one checkpoint")
 
-        # Stage 1 masks none of these, and shows no other word in their place.
+        # Stage 1 masks no special token. Any other may stand in a masked word's place.
         special = {number for number, token in added.items() if token.special}
         special |= {self.image_token, self.mask_token}
         self.special_tokens = torch.tensor(sorted(special))  # int64
-        self.words = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))  # int64
+        ordinary = set(tokenizer.get_vocab().values()) - special
+        self.ordinary_tokens = torch.tensor(sorted(ordinary))  # int64
 
     @classmethod
     def load(cls, folder: Path, config: Config, min_pixels: int | None = None,

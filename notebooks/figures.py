@@ -127,7 +127,7 @@ def draw_captions() -> Figure:
 # --- what a caption finds -------------------------------------------------------------------------
 
 
-def draw_search(queries: tuple[int, int] = (158, 140)) -> Figure:
+def draw_search(queries: tuple[int, int] = (24, 18)) -> Figure:
     """Two captions, each among 600 unseen scenes: one of labelled symbols, one of symbols that
     only stage 1 saw. The five nearest scenes before training, after stage 2 alone and after both
     stages, the right one framed."""

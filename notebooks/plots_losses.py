@@ -1,6 +1,6 @@
 """The pictures of notebooks 4 and 7, and the counter of memory that both use.
 
-fused_loss_memory(path) writes the picture that the README shows, for R = 1,024 masked words of
+fused_loss_memory(path) writes the picture that docs/real_models.md shows, for R = 1,024 masked words of
 width 64: it takes seconds. Triton is not needed.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -91,20 +92,27 @@ def count_fused(R: int, D: int, V: int) -> int:
     return 4 * (R * D + V * D + min(R, rows) * V)
 
 
+def draw_alive(axes: Sequence[Axes], memories: Sequence[Memory], titles: Sequence[str],
+               height: float | None = None) -> None:
+    """What is alive while each of two ways runs, in MB; the plain one in red."""
+    for axis, memory, colour, title in zip(axes, memories, (RED, BLUE), titles):
+        sizes = np.array(memory.curve) / MB
+        axis.fill_between(range(len(sizes)), sizes, step="post", color=colour, alpha=0.3)
+        axis.step(range(len(sizes)), sizes, where="post", color=colour, linewidth=2)
+        axis.set(title=title, xlabel="operation", xlim=(0, len(sizes)), ylim=(0, height))
+    axes[0].set_ylabel("MB alive")
+
+
 def draw_curves(plain: Memory, fused: Memory, logits: int, embedding: int) -> None:
     """What is alive during forward and backward of both losses; all in bytes."""
     _, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
     titles = "plain: all logits at once", "fused: chunk by chunk"
-    for axis, memory, colour, title in zip(axes, (plain, fused), (RED, BLUE), titles):
-        sizes = np.array(memory.curve) / MB
-        axis.fill_between(range(len(sizes)), sizes, step="post", color=colour, alpha=0.3)
-        axis.step(range(len(sizes)), sizes, where="post", color=colour, linewidth=2)
-        axis.set(title=title, xlabel="operation", xlim=(0, len(sizes)), ylim=(0, 240))
+    draw_alive(axes, (plain, fused), titles, 240)
+    for axis in axes:
         for k in (1, 2, 3):
             axis.axhline(k * logits / MB, color=GREY, linestyle=":", linewidth=1)
             axis.annotate(f"{k} R V", (1, k * logits / MB), (-4, 4), ha="right", color=GREY,
                           xycoords=axis.get_yaxis_transform(), textcoords="offset points")
-    axes[0].set_ylabel("MB alive")
     axes[0].text(3.3, 0.4 * logits / MB, "the logits")
     axes[0].text(3.3, 1.4 * logits / MB, "their log-softmax,\nkept for backward")
     axes[0].text(int(np.argmax(plain.curve)) - 0.3, 2.4 * logits / MB,
@@ -212,10 +220,5 @@ def draw_steps(plain: Memory, cached: Memory) -> None:
     """What is alive during a step of stage 2, without and with the gradient cache."""
     _, axes = plt.subplots(1, 2, figsize=(12, 3.8), sharey=True)
     titles = "direct: one graph for the whole batch", "gradient cache: a graph per chunk"
-    for axis, memory, colour, title in zip(axes, (plain, cached), (RED, BLUE), titles):
-        sizes = np.array(memory.curve) / MB
-        axis.fill_between(range(len(sizes)), sizes, step="post", color=colour, alpha=0.3)
-        axis.step(range(len(sizes)), sizes, where="post", color=colour, linewidth=1.5)
-        axis.set(title=title, xlabel="operation", xlim=(0, len(sizes)), ylim=(0, None))
-    axes[0].set_ylabel("MB alive")
+    draw_alive(axes, (plain, cached), titles)
     plt.show()

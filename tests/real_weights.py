@@ -5,7 +5,7 @@
     python tests/real_weights.py FOLDER --random     makes random weights of 3B's shape there first
 
 Not part of the test suite: it is for somebody who has the weights (7.5 GB for 3B; float32 takes
-16 GB of memory; needs transformers 5.6 or later). Prints a table to paste into RESULTS.md:
+16 GB of memory; needs transformers 5.6 or later). Prints a table to paste into LOG.md:
 
 - parity: hidden states of a handful of texts and pictures, causal and bidirectional, beside those
   of transformers (each in a process of its own, so that memory holds one model)

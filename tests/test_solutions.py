@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+import train_cpt
 from nano_moca.files import MocaError
 from nano_moca.flags import CommonFlags, flag
 from nano_moca.plan.resume import check_same_run
@@ -159,6 +160,14 @@ def test_a_checkpoint_from_before_a_flag_does_not_go_on_under_it() -> None:
         check_same_run(Changed(schedule="cosine"), state | {"digest": ""}, data)
     with pytest.raises(MocaError, match="not as it was saved"):  # the flags are the same
         check_same_run(Changed(), state | {"digest": ""}, data)
+
+    # But all masked words were hidden before there was --unhidden.
+    state["flags"] = dataclasses.asdict(train_cpt.Flags())
+    del state["flags"]["unhidden"]
+    with pytest.raises(MocaError, match="--unhidden was 0.0"):
+        check_same_run(train_cpt.Flags(), state | {"digest": ""}, data)
+    with pytest.raises(MocaError, match="not as it was saved"):
+        check_same_run(train_cpt.Flags(unhidden=0.0), state | {"digest": ""}, data)
 
 
 def test_the_page_names_what_there_is() -> None:

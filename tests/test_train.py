@@ -71,6 +71,23 @@ def test_what_a_run_writes(plain: Path, golden: Path) -> None:
     assert saved["state"]["step"] == STEPS
 
 
+def test_a_first_look_long_before_the_end(golden: Path, data: Path, tmp_path: Path, capsys,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and scores after so many steps, once, and again at the end; the run learns the same
+    and saves the same, and --no-report has neither."""
+    monkeypatch.setattr(stage1, "REPORT_TOKENS", SMALL[stage1]["REPORT_TOKENS"])
+    monkeypatch.setattr(train_cpt, "FIRST_LOOK", 2)
+    in_process(golden, tmp_path / "looked", "--data", data, "--save-every", "2")
+    said = capsys.readouterr().out
+    assert said.count("are of step 2\n") == said.count(f"are of step {STEPS}\n") == 1
+    in_process(golden, tmp_path / "not", "--data", data, "--save-every", "2", "--no-report")
+    assert "are of step" not in capsys.readouterr().out
+    looked, plain = (read_log(tmp_path / name) for name in ("looked", "not"))
+    assert [line["loss"] for line in looked] == [line["loss"] for line in plain]
+    looked, plain = (read_weights(tmp_path / name) for name in ("looked", "not"))
+    assert all(torch.equal(looked[name], plain[name]) for name in plain)
+
+
 def test_model_loads(plain: Path, golden: Path) -> None:
     """`nano_moca.load` reads the model; it embeds, and its weights are not those it began with."""
     names = ("1_Pooling config.json model.safetensors modules.json preprocessor_config.json "
@@ -205,11 +222,12 @@ def test_resumed_on_other_ranks(plain: Path, launch: Callable, run: Callable, mi
 
 def saved_step(output: Path) -> int:
     """The step of a run's checkpoint, 0 if there is none at the moment."""
+    # Opened once: by its name torch would open it twice, and another may have its name by then.
     try:
-        saved = torch.load(output / "checkpoint" / "rank-00000.pt", mmap=True, weights_only=True)
+        with open(output / "checkpoint" / "rank-00000.pt", "rb") as file:
+            return torch.load(file, weights_only=True)["state"]["step"]
     except OSError:
         return 0
-    return saved["state"]["step"]
 
 
 def test_resumed_when_it_was_done(plain: Path, run: Callable, tmp_path: Path) -> None:

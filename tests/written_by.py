@@ -6,7 +6,7 @@ version saves them, and with what that version computes on a text and on a pictu
 
     python tests/written_by.py write FOLDER [--sentence-transformers]
 
-The second reads them all, and prints a table to paste into RESULTS.md:
+The second reads them all, and prints a table to paste into LOG.md:
 
     python tests/written_by.py read FOLDER
 

@@ -169,9 +169,12 @@ def check_same_run(flags: CommonFlags, saved: dict, data: dict) -> None:
         raise MocaError(f"--resume: the checkpoint says nothing of {', '.join(sorted(lacking))}: "
                         "resume with the stage and version that wrote it, or start anew")
 
-    # A checkpoint that is older than a flag does not name it: it ran with what is the default.
-    defaults = {field.name: field.default for field in fields(flags)}
-    for name, before in (defaults | saved["flags"]).items():
+    # A checkpoint that is older than a flag does not name it: it ran with what is the default,
+    # but that all masked words were hidden before there was --unhidden.
+    unnamed = {field.name: field.default for field in fields(flags)}
+    if "unhidden" in unnamed:
+        unnamed["unhidden"] = 0.0
+    for name, before in (unnamed | saved["flags"]).items():
         if name not in MAY_CHANGE and getattr(flags, str(name), None) != before:
             raise MocaError(f"--resume: --{str(name).replace('_', '-')} was {before}: give the "
                             "same flags, or start anew without --resume")
