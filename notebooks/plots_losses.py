@@ -1,6 +1,6 @@
 """The pictures of notebooks 4 and 7, and the counter of memory that both use.
 
-fused_loss_memory(path) writes the picture that docs/real_models.md shows, for R = 1,024 masked words of
+fused_loss_memory(path) writes the picture of docs/real_models.md, for R = 1,024 masked words of
 width 64: it takes seconds. Triton is not needed.
 """
 

@@ -218,12 +218,13 @@ def test_other_ranks_write_nothing(tmp_path: Path, moca: Moca, capsys):
 
 
 def test_a_large_picture_is_drawn_small(tmp_path: Path):
-    """And what the caller holds stays as it is."""
+    """And what the caller holds stays as it is. Its words stand below it, not on it."""
     large = Image.new("RGB", (3000, 2000))
-    shown = []
+    shown, below = [], []
     axis = SimpleNamespace(set=lambda **_: 0, set_title=lambda *_, **__: 0, imshow=shown.append,
-                           text=lambda *_, **__: 0, transAxes=None)
-    stage2.show_record(axis, Record("<|image_pad|>", [large]), "title")
+                           set_xlabel=lambda text, **_: below.append(text))
+    stage2.show_record(axis, Record("<|image_pad|>a page", [large]), "title")
+    assert below == ["a page"]
     assert shown[0].size == (480, 320) and large.size == (3000, 2000)
 
 

@@ -14,8 +14,8 @@ a line of its own, beside each item that is an image without words, such as a pa
 
 `builtin`: the built-in tasks, each query among all answers of its task and their near
 twins; then families that differ in one factor alone; then all tasks with one shelf for
-all of their answers, the "mixed shelf". `mmeb` and `vidore` read the benchmarks' own files, parquet or JSON lines: see
-mmeb.py and vidore.py.
+all of their answers, the "mixed shelf". `mmeb` and `vidore` read the benchmarks' own
+files, parquet or JSON lines: see mmeb.py and vidore.py.
 
 Ties count as wrong: a model that maps everything to one point scores 0. (The released
 code counts them as right, and NaN too; here a vector that is not finite is an error

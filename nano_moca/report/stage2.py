@@ -90,18 +90,20 @@ def plot_retrieval(figure: Any, rankings: list[tuple[str, Ranking]]) -> None:
 
 
 def show_record(axis: Any, record: Record, title: str) -> None:
-    """A record's first image, its words in a box, or both."""
+    """A record's first image with its words below, or its words in a box."""
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
-    if record.images:
-        image = open_image(record.images[0], record.source, decode=True)
-        image.thumbnail((480, 480))
-        axis.imshow(image)
 
     # Without special tokens, and no more than fits.
-    words = re.sub(r"<\|\w+\|>", "", record.text)
-    text = "\n".join(textwrap.wrap(words, 26)[:7])
-    axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, transform=axis.transAxes)
+    lines = textwrap.wrap(re.sub(r"<\|\w+\|>", "", record.text), 26)
+    if not record.images:
+        axis.text(0.5, 0.5, "\n".join(lines[:7]), ha="center", va="center", fontsize=7,
+                  transform=axis.transAxes)
+        return
+    image = open_image(record.images[0], record.source, decode=True)
+    image.thumbnail((480, 480))
+    axis.imshow(image)
+    axis.set_xlabel("\n".join(lines[:3]), fontsize=6, color="#777777")
 
 
 @picture
