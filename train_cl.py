@@ -36,7 +36,7 @@ from nano_moca.processor import Processor
 from nano_moca.trainer import (Log, close_run, guarded, make_optimizer, open_checkpoint,
                                print_plan, resume, save_progress, skip_list, update)
 from nano_moca.weights import load_weights
-import torch
+import torch  # after nano_moca, which first says how torch's threads wait
 
 STAGE_1 = Path("runs/cpt/model")  # where train_cpt.py leaves its model
 
@@ -90,7 +90,7 @@ def packed_steps(batches: PairBatches, processor: Processor, world: World
         yield drawn.to(world.device), chunks
 
 
-@guarded  # one run an --output, over nothing that it reads
+@guarded  # --plan: only print an estimate; else: --output is this run's alone
 def train(flags: Flags) -> None:
     """The whole of stage 2: build, loop, save, report."""
     causal = flags.attention == "causal"
@@ -140,8 +140,8 @@ def train(flags: Flags) -> None:
         chunk_vectors = []
         for chunk, size in zip(chunks, sizes, strict=True):
             with torch.set_grad_enabled(not cached):
-                vectors = model.embed(chunk, causal, pooling)
-            chunk_vectors.append(vectors[:size])
+                embedded = model.embed(chunk, causal, pooling)
+            chunk_vectors.append(embedded[:size])
         vectors = torch.cat(chunk_vectors)  # [n + n + M, D]
         if cached:
             vectors.requires_grad_()
@@ -150,7 +150,7 @@ def train(flags: Flags) -> None:
         #    vectors. FSDP averages the gradients of the ranks, and ours have to add up.
         n = len(drawn.local_index)
         queries, positives, negatives = vectors.split([n, n, len(vectors) - 2 * n])
-        loss, right = info_nce(
+        loss, correct = info_nce(
             queries, positives, negatives, drawn.local_index, drawn.excluded,
             flags.temperature)
         (world.size * loss).backward()
@@ -160,20 +160,20 @@ def train(flags: Flags) -> None:
         if cached:
             gradients = vectors.grad.split(sizes)
             for chunk, gradient in zip(chunks, gradients, strict=True):
-                vectors = model.embed(chunk, causal, pooling)
-                vectors[: len(gradient)].backward(gradient)
+                embedded = model.embed(chunk, causal, pooling)
+                embedded[: len(gradient)].backward(gradient)
 
         # 5. Clip the gradients; read their norm and the loss of the whole step, over all ranks;
         #    stop if one is not finite, and name the step's records; set this step's learning
-        #    rate; AdamW's step; gradients to zero.
+        #    rate; AdamW's step; drop the gradients.
         sources = [record.source for record in drawn.records]
-        losses = world.total(loss.detach(), right)
-        (step_loss, right_count), figures = update(step, losses, flags, model, optimizer, sources)
+        totals = world.total(loss.detach(), correct)
+        (step_loss, hits), figures = update(step, totals, flags, model, optimizer, sources)
 
         # 6. Every rank saves its part of the checkpoint, the main rank writes the log.
         seconds = time.perf_counter() - started
         log.write({"step": step, "loss": step_loss, "task": drawn.task,
-                   "accuracy": right_count / drawn.batch, **figures, "tokens": drawn.tokens,
+                   "accuracy": hits / drawn.batch, **figures, "tokens": drawn.tokens,
                    "tokens_per_second": drawn.tokens / seconds})
         if step % flags.save_every == 0 or step == flags.steps:
             save_progress(step, flags, world, model, optimizer, data_state, log)

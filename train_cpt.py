@@ -47,8 +47,8 @@ class Flags(CommonFlags):
     accumulate: int = flag(1, "micro-batches per step on each rank", low=1, high=100_000)
     objective: str = flag("restore", "training objective", choices=("restore", "next-token"))
     text_mask: float = flag(0.4, "share of text tokens masked; 0 turns MLM off", low=0, high=1)
-    unhidden: float = flag(0.2, "share of masked tokens that keep their word, and share that "
-                           "show a random one; MoCa: 0, BERT: 0.1", low=0, high=0.5)
+    unhidden: float = flag(0.2, "u: of the masked tokens a share u keeps its word, "
+                           "another u shows a random one; MoCa: 0, BERT: 0.1", low=0, high=0.5)
     image_mask: float = flag(0.5, "share of patch groups masked; 0 turns MAE off", low=0, high=1)
     mae_weight: float = flag(5.0, "weight of the patch loss; MoCa: 0.5; 0: no MAE", low=0, high=1e4)
 
@@ -85,14 +85,15 @@ def draw_report(flags: Flags, world: World, model: ReconstructionModel, processo
     ranks the same."""
     from nano_moca.report import stage1  # imported here: training needs none of it
 
-    # A sampler and a state of its own. It lists none that cannot be used: no step used them.
+    # A sampler and a state of its own. What it cannot use it lists nowhere: no step
+    # drew it.
     unlisted = Path(os.devnull) if batches.skipped else None
     unseen = TokenBatches(batches.records, processor, stage1.REPORT_TOKENS, flags.max_tokens,
                           flags.seed, skipped=unlisted, state=dict(data_state))
     stage1.write_report(flags, world, model, processor, unseen, log.lines, is_causal(flags))
 
 
-@guarded  # one run an --output, over nothing that it reads
+@guarded  # --plan: only print an estimate; else: --output is this run's alone
 def train(flags: Flags) -> None:
     """The whole of stage 1: build, loop, save, report."""
     # An ablation turns a loss off by masking nothing for it. A patch that counts
@@ -160,7 +161,7 @@ def train(flags: Flags) -> None:
 
         # 4. Clip the gradients; read norm and losses, of the whole step over all ranks; stop if
         #    one is not finite, and name the step's records; set this step's learning rate;
-        #    AdamW's step; gradients to zero.
+        #    AdamW's step; drop the gradients.
         sources = sum((masked.batch.sources for masked in micro_batches), [])
         losses = world.total(mlm_sum, mae_sum)
         (mlm_loss, mae_loss), figures = update(step, losses, flags, model, optimizer, sources)

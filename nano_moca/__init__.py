@@ -53,7 +53,7 @@ groups are those of Qwen2-VL and 2.5; Qwen3-VL has p = 16, so 1536 and 6144 valu
     p    side of a patch in pixels, 14
     J    image tokens: 2 x 2 patches are merged into one token, so J = P / 4
     k    features of an image token beside its embedding (Qwen3-VL's DeepStack)
-    R    masked text tokens
+    R    text tokens to predict: the masked ones (in the next-token control, all)
     r    masked text tokens in one chunk of the fused loss
     G    masked groups: image tokens whose 4 patches were masked, 4704 values each
     V    vocabulary: rows of the embedding and of the output head
@@ -92,8 +92,9 @@ Words, one meaning each:
     pair           a query, its positive and its hard negatives: three kinds of records
     group          2 x 2 neighbouring patches of an image
     image token    the token that stands for one group
-    masked         replaced in the input, by the mask token (text) or by noise (a group),
-                   and to be predicted
+    masked         to be predicted, and replaced in the input: a group by noise, a
+                   text token by the mask token (some by a random word, some not at
+                   all: --unhidden)
     hidden state   what the decoder makes of a token, [D]
     rank           one of the W processes of a run
     step           one update of the weights

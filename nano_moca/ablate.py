@@ -137,7 +137,7 @@ def small_base(output: Path) -> Path:
     """A base of half the parameters, made as the nano base was."""
     # Its heads stay 32 wide, as mrope_section in config.json asks.
     folder = output / "base-small"
-    if not (folder / "scores.json").exists():
+    if not (folder / "model").is_dir():
         shape = Path(shutil.copytree(BASE, folder / "shape", dirs_exist_ok=True))
         config = read_json(shape / "config.json") | SMALL
         config["vision_config"] |= SMALL_VISION
@@ -149,8 +149,8 @@ def small_base(output: Path) -> Path:
 def train(script: str, model: Path, folder: Path, seed: int, words: str) -> float:
     """Run a stage into `folder`, unless it is done; the minutes that its steps took.
     words: flags of the arm."""
-    # Its scores are the last thing that a run writes.
-    if not (folder / "scores.json").exists():
+    # The model is written once, whole, after the last step. (Scores are written earlier, too.)
+    if not (folder / "model").is_dir():
         run = ["--model", str(model), "--output", str(folder), "--seed", str(seed)]
         run_script(script, [*run, "--resume", *words.split()])
 

@@ -45,7 +45,7 @@ class Segments:
     """
 
     lengths: tuple[int, ...]  # N, on the host: looping over them costs no GPU synchronisation
-    offsets: Tensor  # [N+1] int32, on the device
+    offsets: Tensor  # [N+1] int32, with the batch on the device
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> "Segments":
@@ -92,7 +92,7 @@ def reference_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seg
     Costs T^2 memory, so it is for reading and testing. Shapes as in `attend`;
     softmax in float32.
     """
-    T, H, d = query.shape
+    H, d = query.shape[1:]
     K = key.shape[1]
 
     # Grouped queries: each key and value head is repeated for the queries that share it.
@@ -123,7 +123,7 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segme
 
     Shapes as in `attend`.
     """
-    T, H, d = query.shape
+    H, d = query.shape[1:]
     K = key.shape[1]
     outputs = []
     in_order = len(segments.same_length) == 1  # then views suffice, and no copies are made
@@ -163,5 +163,5 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
         key = key.repeat_interleave(H // K, dim=1)  # [T, H, d]
         value = value.repeat_interleave(H // K, dim=1)  # [T, H, d]
 
-    ends, longest = segments.offsets, max(segments.lengths)
-    return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+    offsets, longest = segments.offsets, max(segments.lengths)
+    return varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)

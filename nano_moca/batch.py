@@ -10,9 +10,10 @@ T tokens, and so do the patches of all images. There is no padding and no batch
 dimension; `segments` says where each record begins. A record's result is the same
 whatever it is packed with. The letters of all shapes are explained in `__init__.py`.
 
-A GPU computes while the host goes on and queues what comes next, until the host has to
-wait for it. So all that a forward pass needs is made here, on the host, before; pixels
-travel as the bytes that they are, an eighth of the numbers that the model reads.
+A GPU computes while the host goes on and queues what comes next, until the host has
+to wait for it. So all that a forward pass needs is made here, on the host, before;
+pixels travel as the bytes that they are, an eighth of what the numbers take that
+the model reads.
 """
 
 from collections.abc import Sequence

@@ -6,10 +6,11 @@ step draws follows from the seed and a small `state`, which a checkpoint keeps: 
 run goes on with the very next record. Records that cannot be used stop the run, or are
 counted and listed.
 
-To draw is to read texts and the sizes of images, on every rank. A rank decodes only the
-images of its own share, once, in threads, while the model computes the step before. So a
-step in work and the next one are in memory, and no more. If records are skipped, all ranks
-skip the same: see skipping.py.
+To draw is to read texts and the sizes of images, on every rank. A rank decodes only
+the images of its own share, in threads, while the model computes the step before.
+So a step in work and the next one are in memory, and no more. If records are
+skipped, all ranks skip the same (see skipping.py), and what is left is shared out
+anew.
 
 **Stage 1** (`TokenBatches`): a step takes records up to a budget of tokens.
 
@@ -48,9 +49,9 @@ def prefetch(steps: Iterator, count: int) -> Iterator:
     the last: two are in memory at a time."""
     thread = ThreadPoolExecutor(1)
     ahead = thread.submit(next, steps)
-    for left in reversed(range(count)):
+    for number in range(1, count + 1):
         step = ahead.result()
-        if left:
+        if number < count:
             ahead = thread.submit(next, steps)
         yield step
 
@@ -94,10 +95,12 @@ def shuffle(records: Sequence, generator: np.random.Generator) -> np.ndarray:
 
 class Steps(Iterator):
     """What both stages do: decode the images of this rank's records, in threads; and with
-    records that cannot be used, stop, or count and list."""
+    records that cannot be used, stop, or count and list.
 
-    skipped: Path | None  # the list; None: the first such record stops the run
-    state: dict[str, Any]  # all that the coming draws depend on, beside seed and data
+    Of a stage's own fields it needs `processor`, `world_size`, `skipped` (the path
+    of the list; None: the first such record stops the run) and `state` (all that
+    the coming draws depend on, beside seed and data).
+    """
 
     def __post_init__(self) -> None:
         # Ranks share the processors of their machine; one is for the model's own thread. A
@@ -180,16 +183,9 @@ class TokenBatches(Steps):
     def __next__(self) -> StepRecords:
         part_count = self.world_size * self.accumulate
         taken: list[tuple[int, EncodedRecord]] = []  # (number in the run, record)
-        tokens = 0
         lost = 0
         while True:
-            # Take records until one would exceed the budget: it opens the next step.
-            number, record = self.next_usable()
-            if len(taken) < part_count or tokens + len(record.tokens) <= self.budget:
-                taken.append((number, record))
-                tokens += len(record.tokens)
-                self.state["next"] += 1
-                continue
+            self.fill(taken, part_count)
 
             # Divide them: of W * accumulate shares this rank takes every W-th.
             costs = [record.cost for _, record in taken]
@@ -201,7 +197,6 @@ class TokenBatches(Steps):
 
             # What cannot be decoded makes room for the next records, if there can be any.
             taken = [taken[item] for item in range(len(taken)) if item not in failed]
-            tokens = sum(len(record.tokens) for _, record in taken)
             lost += len(failed)
             if not taken and lost >= len(self.records):
                 raise MocaError(f"no record of the data can be used: {self.skipped} says why")
@@ -209,7 +204,20 @@ class TokenBatches(Steps):
         micro_batches = []
         for share in shares:
             micro_batches.append([taken[item] for item in share])
+        tokens = sum(len(record.tokens) for _, record in taken)
         return StepRecords(micro_batches, tokens, dict(self.state))
+
+    def fill(self, taken: list[tuple[int, EncodedRecord]], least: int) -> None:
+        """Take records until one would exceed the budget, and at least so many.
+        That one opens the next step."""
+        tokens = sum(len(record.tokens) for _, record in taken)
+        while True:
+            number, record = self.next_usable()
+            tokens += len(record.tokens)
+            if len(taken) >= least and tokens > self.budget:
+                return
+            taken.append((number, record))
+            self.state["next"] += 1
 
     def next_usable(self) -> tuple[int, EncodedRecord]:
         """The next record that can be used, as far as one sees without decoding it, and
@@ -313,8 +321,7 @@ class PairBatches(Steps):
         since the run began."""
         batches = []
         for name, count in self.counts.items():
-            for number in range(epoch * count, (epoch + 1) * count):
-                batches.append((name, number))
+            batches += [(name, number) for number in range(epoch * count, (epoch + 1) * count)]
         order = np.random.default_rng((self.seed, epoch)).permutation(len(batches))
         return [batches[step] for step in order]
 
@@ -422,15 +429,15 @@ def excluded_candidates(pairs: list[Pair], local_index: list[int]) -> Tensor:
     excluded = []
     for own in local_index:
         # Its right answers: those of all pairs with an equal query.
-        right = {key for query, key in zip(query_keys, positive_keys, strict=True)
-                 if query == query_keys[own]}
+        answers = {key for query, key in zip(query_keys, positive_keys, strict=True)
+                   if query == query_keys[own]}
 
         # Positives: those of other pairs that are right as well.
         for other, key in enumerate(positive_keys):
-            excluded.append(other != own and key in right)
+            excluded.append(other != own and key in answers)
 
         # Hard negatives: those of other queries, and any that is a right answer.
         for other, key in negative_keys:
-            excluded.append(other != own or key in right)
+            excluded.append(other != own or key in answers)
     candidates = len(positive_keys) + len(negative_keys)
     return torch.tensor(excluded, dtype=torch.bool).view(len(local_index), candidates)

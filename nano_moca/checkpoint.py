@@ -33,8 +33,9 @@ def snapshot(world: World, model: nn.Module, optimizer: torch.optim.Optimizer, s
              ) -> dict:
     """A copy in host memory of this rank's part: what `write_checkpoint` writes.
 
-    state: numbers and texts in lists and dictionaries, which nobody changes any more. With
-    it a "digest" is saved, by which plan/resume.py knows one that was changed.
+    state: numbers and texts in lists and dictionaries, which must not change until
+    it is written. A "digest" is saved with it: by it plan/resume.py sees whether a
+    file was changed.
     """
     # exp_avg and exp_avg_sq have a parameter's shape; its step count is a scalar.
     parameters = []
@@ -48,12 +49,13 @@ def snapshot(world: World, model: nn.Module, optimizer: torch.optim.Optimizer, s
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """Of this rank's part, also if it is on the CPU already: training changes it in place."""
+    """A copy of this rank's part in host memory, even if it lies there already:
+    training changes the tensor in place."""
     return local_part(tensor).to("cpu", copy=True)
 
 
 def digest(state: dict) -> str:
-    """By which a changed state is known from one that was saved."""
+    """The SHA-256 of a state, as text."""
     return hashlib.sha256(ascii(state).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ class VisionConfig:
     heads: int
     mlp_width: int
     out_width: int  # the decoder's width
-    act: str  # silu: RMSNorm, SwiGLU (2.5); quick_gelu: LayerNorm, MLP (2); else Qwen3-VL's
+    act: str  # silu: 2.5, with RMSNorm, SwiGLU; quick_gelu: 2, with LayerNorm, MLP
     window: int  # side of an attention window in pixels, 0 for none
     full_blocks: tuple[int, ...]  # that attend to the full image (without windows, all do)
     patch: int  # side of a patch in pixels
@@ -73,9 +73,9 @@ class Config:
     def image_token_cost(self) -> float:
         """The work on an image token, in text tokens: 1.9 for 3B, 1.4 for 7B.
 
-        Both pass the decoder, and an image token's patches the vision tower before. Work
-        is counted in weights that multiply a token. Attention itself, about 7% of either
-        tower at 1,280 tokens, is left out.
+        Every token passes the decoder, and an image token's patches pass the vision
+        tower first. Work is counted in weights that multiply a token. Attention
+        itself, about 7% of either tower at 1,280 tokens, is left out.
         """
         attention = 2 * (self.heads + self.kv_heads) * self.head_width
         decoder = self.layers * self.width * (attention + 3 * self.mlp_width)

@@ -50,10 +50,11 @@ class Joined(ConcatDataset):
 
     def __init__(self, parts: Iterable[Sequence]) -> None:
         super().__init__(parts)
-        marks = "".join(getattr(part, "fingerprint", "") for part in self.datasets)
-        self.fingerprint = hashlib.sha256(marks.encode()).hexdigest()
+        parts_known = "".join(getattr(part, "fingerprint", "") for part in self.datasets)
+        self.fingerprint = hashlib.sha256(parts_known.encode()).hexdigest()
 
-        # Whether some are dear to read but in groups: see batches.shuffle.
+        # Whether some are read by groups, since a single row costs a whole group:
+        # see batches.shuffle.
         self.grouped = any(getattr(part, "grouped", False) for part in self.datasets)
 
 

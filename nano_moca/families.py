@@ -19,6 +19,8 @@ def load_config(folder: Path) -> Config:
     """Read `folder/config.json`; MocaError says what is missing or not supported."""
     from nano_moca.convert.configs import ACTIVATIONS, Section, parse_config
 
+    # ACTIVATIONS has Qwen2-VL's and 2.5's names. An absent model_type is refused as
+    # None: of an absent entry `choice` would take the first.
     path = Path(folder) / "config.json"
     top = Section({"model_type": None} | read_json(path), f"{path}: ")
     if top.choice("model_type", *ACTIVATIONS, "qwen3_vl") == "qwen3_vl":

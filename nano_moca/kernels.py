@@ -48,14 +48,14 @@ def cross_entropy_torch_(logits: Tensor, labels: Tensor, scale: float, gradient:
 
     # Subtract the largest logit of a row, so that no exponential overflows.
     work.sub_(work.amax(1, keepdim=True))
-    right = work.gather(1, labels[:, None])  # [r, 1] the label's logit, less the largest
+    label_logit = work.gather(1, labels[:, None])  # [r, 1], less the largest
     total = work.exp_().sum(1, keepdim=True)  # [r, 1]
 
     if gradient:
         work.mul_(scale / total)  # softmax * scale
-        work.scatter_add_(1, labels[:, None], torch.full_like(right, -scale))
+        work.scatter_add_(1, labels[:, None], torch.full_like(label_logit, -scale))
         logits.copy_(work)
-    return (total.log() - right)[:, 0]
+    return (total.log() - label_logit)[:, 0]
 
 
 @jit
@@ -71,7 +71,7 @@ def cross_entropy_kernel(logits, labels, losses, scale,
     # trainer notices.
     label = tl.load(labels + row)
     known = (label >= 0) & (label < V)
-    right = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
+    label_logit = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
 
     # First pass: the largest logit, and the sum of exp(logit - largest), block by block.
     peak = float("-inf")
@@ -84,7 +84,7 @@ def cross_entropy_kernel(logits, labels, losses, scale,
         block_sum = tl.sum(tl.exp(block - new_peak), axis=0)
         total = total * tl.exp(peak - new_peak) + block_sum
         peak = new_peak
-    tl.store(losses + row, tl.log(total) + peak - right)
+    tl.store(losses + row, tl.log(total) + peak - label_logit)
 
     # Second pass: the gradient over the logits. GRADIENT is a constant when
     # compiled, so that without it there is no second pass.

@@ -53,7 +53,7 @@ def masked_reconstruction_loss(hidden: Tensor, head: Tensor, labels: Tensor, pre
         mae_count: float | None = None) -> tuple[Tensor, Tensor]:
     """Both losses of stage 1 (MoCa, section 3.1), as scalars: cross entropy per token,
     squared error per pixel value. plain_masked_reconstruction_loss, below, says the
-    same in six lines.
+    same without a trick.
 
     hidden     [R, D]  the decoder's hidden states at the masked tokens
     head       [V, D]  the output embedding
@@ -96,8 +96,8 @@ def masked_reconstruction_loss(hidden: Tensor, head: Tensor, labels: Tensor, pre
 def plain_masked_reconstruction_loss(hidden: Tensor, head: Tensor, labels: Tensor,
         predicted: Tensor, target: Tensor, backend: str = "plain",
         mlm_count: float | None = None, mae_count: float | None = None) -> tuple[Tensor, Tensor]:
-    """The plain twin: the same losses as one would write them down, with
-    all logits at once."""
+    """The plain twin: the same losses as one would write them down, with all logits
+    at once. It takes the same arguments; there is one backend."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden @ head.to(hidden.dtype).T  # [R, V]
     mlm = F.cross_entropy(logits.to(wide), labels, reduction="sum")
@@ -245,7 +245,7 @@ def gather(local: Tensor, local_index: Tensor, total: int) -> Tensor:
 def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, local_index: Tensor,
              excluded: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """This rank's share of the contrastive loss (MoCa, section 3.2; released code:
-    src/model.py:265-278), and how many of its queries were right.
+    src/model.py:265-278), and how many of its queries were answered correctly.
 
     queries      [n, D]  this rank's, unit length
     positives    [n, D]  theirs
@@ -257,9 +257,9 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, local_index:
     and its own hard negatives. (`excluded` takes away those of this rank's other
     queries, and whatever equals its own positive: see batches.excluded_candidates.)
     The loss is the cross entropy of telling its positive among them by cosine /
-    temperature, in float32. The shares of all ranks add up to the mean over B pairs,
-    and so do their gradients. A query is right if its positive is nearer than all
-    others: a tie is wrong.
+    temperature, in float32. The shares of all ranks add up to the mean over B
+    pairs, and so do their gradients. A query is answered correctly if its positive
+    is nearer than all others: a tie is wrong.
     """
     M = len(negatives)
     B = excluded.shape[1] - M
@@ -276,5 +276,5 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, local_index:
     loss = F.cross_entropy(logits, local_index, reduction="sum") / B
     own = logits.gather(1, local_index[:, None])  # [n, 1]
     others = logits.scatter(1, local_index[:, None], float("-inf"))  # [n, B + M]
-    right = (own > others).all(1).sum()
-    return loss, right
+    correct = (own > others).all(1).sum()
+    return loss, correct

@@ -52,21 +52,22 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
     tokens and image tokens are never masked as text. A record may lose nothing: a
     loss over nothing is zero.
 
-    unhidden: of the masked tokens, the share that in truth keep their word, and the share
-    that show a random one instead of the mask token. All are restored, so the model must
-    ask of every word that it sees whether it belongs there. MoCa: 0. BERT (arXiv
-    1810.04805): 0.1.
+    unhidden: u. Of the masked tokens a share u keeps its word, another u shows a
+    random word, and the other 1 - 2u show the mask token. All are restored, so the
+    model must ask of every word that it sees whether it belongs there. MoCa: 0.
+    BERT (arXiv 1810.04805): 0.1.
     """
     # Group number j belongs to the token image_index[j]. Image tokens are special tokens.
     maskable = ~torch.isin(batch.tokens, processor.special_tokens)  # [T]
 
-    # Filled record by record: the tokens as the model sees them, and what is masked.
+    # Filled record by record: the tokens as the model sees them, what is masked, in
+    # ascending order, and the noise.
     shown = batch.tokens.clone()  # [T]
-    token_masked = torch.zeros_like(maskable)  # [T]
-    group_masked = torch.zeros(len(batch.pixels), dtype=torch.bool)  # [J]
+    masked_tokens = []  # in the end [R]
+    masked_groups = []  # in the end [G]
+    noise = []  # in the end [G, 4, 1176]
     vision = processor.config.vision
     group_shape = (vision.merge**2, vision.patch_values)  # 4 patches, 1176 values
-    noise = [np.empty((0, *group_shape), np.float32)]
 
     offsets = batch.segments.offsets.tolist()  # [N+1]
     for start, end, key in zip(offsets[:-1], offsets[1:], keys, strict=True):
@@ -79,32 +80,34 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
         # token is masked.
         own_tokens = start + maskable[start:end].nonzero().flatten()  # their places in T
         uniform = torch.from_numpy(text_rng.random(len(own_tokens), np.float32))
-        masked_tokens = own_tokens[uniform < text_rate]
-        token_masked[masked_tokens] = True
+        own_masked = own_tokens[uniform < text_rate]
+        masked_tokens.append(own_masked)
 
-        # What is seen there: the mask token, a random word, or the word itself.
-        fate = torch.from_numpy(text_rng.random(len(masked_tokens), np.float32))
-        drawn = text_rng.integers(len(processor.ordinary_tokens), size=len(masked_tokens))
-        others = processor.ordinary_tokens[drawn]
-        seen = torch.where(fate < 2 * unhidden, others, processor.mask_token)
-        shown[masked_tokens] = torch.where(fate < unhidden, shown[masked_tokens], seen)
+        # What is seen there: below u the word itself, below 2u a random one, else
+        # the mask token.
+        fate = torch.from_numpy(text_rng.random(len(own_masked), np.float32))
+        drawn = text_rng.integers(len(processor.ordinary_tokens), size=len(own_masked))
+        random_words = processor.ordinary_tokens[drawn]
+        shown[own_masked] = torch.where(fate < unhidden, shown[own_masked], random_words)
+        shown[own_masked[fate >= 2 * unhidden]] = processor.mask_token
 
         # Image: one uniform number per group of this record ...
         inside = (batch.image_index >= start) & (batch.image_index < end)  # [J]
         own_groups = inside.nonzero().flatten()  # their places in J
         uniform = torch.from_numpy(image_rng.random(len(own_groups), np.float32))
-        masked_groups = own_groups[uniform < image_rate]
-        group_masked[masked_groups] = True
+        own_masked = own_groups[uniform < image_rate]
+        masked_groups.append(own_masked)
 
         # ... and standard normal noise in place of the pixels of each masked one.
-        noise.append(image_rng.standard_normal((len(masked_groups), *group_shape), np.float32))
+        noise.append(image_rng.standard_normal((len(own_masked), *group_shape), np.float32))
 
-    noised = group_masked.nonzero().flatten()  # [G], in the order of their noise
+    text_index = torch.cat(masked_tokens)  # [R]
+    noised = torch.cat(masked_groups)  # [G], in the order of their noise
     return MaskedBatch(
         batch=replace(batch, noised=noised, noise=torch.from_numpy(np.concatenate(noise)),
                       tokens=shown),
-        text_index=token_masked.nonzero().flatten(),
-        labels=batch.tokens[token_masked],
+        text_index=text_index,
+        labels=batch.tokens[text_index],
         group_index=batch.image_index[noised])
 
 

@@ -5,12 +5,12 @@
                 ->  decoder  ->  hidden states [T, D]
 
 This file is read from top to bottom: the layers that both towers share, the vision
-tower, the decoder, the two joined (`VLM`), and stage 1's reconstruction. Who knows
-Qwen-VL may begin at `pool` and `VLM`; all from `PatchDecoder` on is MoCa's.
+tower, the decoder, the two joined (`VLM`), and stage 1's reconstruction. If you know
+Qwen-VL, begin at `pool` and `VLM`; all from `PatchDecoder` on is MoCa's.
 The letters of all shapes stand in `__init__.py`. What one does with the hidden states:
 
-- `greedy` in evaluate/embedder.py has them made causally and predicts the next token: what the
-  checkpoint was made for.
+- `greedy` (evaluate/embedder.py) computes them causally and predicts the next token:
+  what the checkpoint was made for.
 - `VLM.embed` reads them in both directions and pools each record into one unit vector:
   what MoCa makes of it.
 - `ReconstructionModel` (stage 1) predicts masked tokens with the model's own output
@@ -24,7 +24,7 @@ out: video, sampling, key-value caches.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,12 @@ POOLINGS = ("mean", "last")
 def fused_on_cuda(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Run a function as it is written on a CPU, and as one kernel on a GPU.
 
-    Line by line a GPU would read and write all of a tensor for each operation, and that,
-    not the arithmetic, is what takes the time. `torch.compile` makes one kernel of the lines,
-    for tensors of any length (`dynamic`), the first time that a GPU's tensor comes.
+    Line by line a GPU would read and write all of a tensor for each operation, and
+    that, not the arithmetic, is what takes the time. `torch.compile` makes one
+    kernel of the lines, for tensors of any length (`dynamic`), the first time that
+    a GPU's tensor comes.
     """
-    @lru_cache
+    @cache
     def compiled() -> Callable[..., Tensor]:
         return torch.compile(function, dynamic=True)
 
@@ -62,8 +63,10 @@ def fused_on_cuda(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not (x.is_cuda and TRITON_AVAILABLE):
             return function(x, *others)
 
-        # One kernel for each width and dtype, view or not, with gradient and without. This
-        # limit holds for one thread, and what checkpointing repeats runs in backward's own.
+        # torch.compile keeps a kernel for each width, dtype, layout in memory, and
+        # with or without gradient: more than its usual 8. The limit is a thread's
+        # own, and what checkpointing repeats runs in autograd's thread, so it is
+        # set at each call.
         torch._dynamo.config.recompile_limit = 32
         return compiled()(x, *others)
 
@@ -288,8 +291,9 @@ def mrope_angles(positions: Tensor, config: Config) -> Tensor:
 
     A token's position is a triple (frame, row, column). For text the three are
     equal, so this is ordinary rotary embedding; an image token carries its place in
-    the grid. Each of the d/2 frequencies turns with one axis, `config.rope_axes`: the
-    fastest with the frame, the next with the row, the slowest with the column.
+    the grid. Each of the d/2 frequencies turns with one axis, `config.rope_axes`:
+    in Qwen2 the fastest with the frame, the next with the row, the slowest with the
+    column.
     """
     frequencies = rotary_frequencies(config.head_width, config.rope_theta, positions.device)
     # Views of the three rows; an index tensor would have to be sent to the GPU.
@@ -385,8 +389,8 @@ def pool(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
     if pooling != "mean":
         raise ValueError(f"pooling is {pooling!r}; it is 'mean' or 'last'")
 
-    # Add each token to the sum of its record, in float32. (That there are T of them is
-    # said, for a GPU would have to be asked.)
+    # Add each token to the sum of its record, in float32. (`output_size` spares a
+    # wait: else the host would have to read the sum of the lengths from the GPU.)
     lengths = offsets.diff()  # [N]
     owner = torch.repeat_interleave(lengths, output_size=T)  # [T] the record of each token
     zeros = hidden.new_zeros(N, D, dtype=torch.float32)
@@ -522,12 +526,16 @@ class ReconstructionModel(nn.Module):
         # One pass over everything, masked or not.
         hidden = self.vlm(masked.batch, causal)  # [T, D]
 
-        # Images: one more layer predicts the pixels of the masked groups.
+        # Images: one more layer predicts the pixels of the masked groups. It runs
+        # for no group, too: so its weights get a gradient on every rank, if only
+        # zeros.
         pixels = self.patch_decoder(hidden, masked.batch, masked.group_index)  # [G, 4704]
 
         # Text: the hidden states that have to predict a token.
         text_hidden = hidden[masked.text_index]  # [R, D]
 
+        # Answers are made here for the same reason as losses: the head is gathered
+        # now.
         if predict:
             tokens = likeliest_tokens(text_hidden, self.vlm.head)  # [R]
             return tokens.cpu(), pixels.float().cpu()

@@ -11,8 +11,8 @@ of its images. On its way to the model it is
 There is no padding, and no batch dimension.
 
 Everything the model could get wrong silently is refused here: a mark without its
-image, an image, video or mask token that belongs to no image, an empty text, an
-image that does not open, a tokenizer or an image processor of another model.
+image, an image or video token outside a mark, a mask token, an empty text, an image
+that does not open, a tokenizer or an image processor of another model.
 
 An image is what a viewer shows: upright, and what is transparent is white.
 
@@ -165,8 +165,9 @@ class Processor:
             raise MocaError(f"{source}: {tokenizer.id_to_token(last)} is {last}, of "
                             f"{config.vocabulary} in config.json: take both from one checkpoint")
 
-        # A new mask token gets the first id after the last: Qwen's embeddings are
-        # padded, so there is an unused one.
+        # A new mask token gets the first id after the last. Qwen's embeddings are
+        # padded, so they mostly have a row for it; else they grow
+        # (`grow_vocabulary`).
         is_new = tokenizer.token_to_id(MASK) is None
         tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
 
@@ -305,13 +306,15 @@ class Processor:
         repeats[ids == self.image_token] = [math.prod(grid) // per_group for grid in grids]
         tokens = np.repeat(ids, repeats)  # [L]
 
-        # Shorten the text, but not before the end of the last image's mark, and not the
-        # end token that closes it, such as <|im_end|>, nor a line end after that.
+        # Shorten the text. To be kept are all tokens up to the end of the last
+        # image's mark (images_end; -2 + 2 = 0 if there is none) and the `closing`
+        # last ones: an end token such as <|im_end|>, and a line end after it.
+        # Slices, since there may be none.
         if max_tokens and len(tokens) > max_tokens:
             images_end = np.flatnonzero(tokens == self.image_token).max(initial=-2) + 2
-            after = np.isin(tokens[images_end:], self.special_tokens)
-            closing = int(after[-1:].any())
-            if after[-2:-1].any() and record.text.endswith("\n"):
+            is_special = np.isin(tokens[images_end:], self.special_tokens)
+            closing = int(is_special[-1:].any())
+            if is_special[-2:-1].any() and record.text.endswith("\n"):
                 closing = 2
             needed = images_end + closing
             if needed > max_tokens:

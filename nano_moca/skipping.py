@@ -29,16 +29,17 @@ class Skipping:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks > 1 else None
 
     def of_all_ranks(self, failed: dict[int, MocaError], count: int) -> dict[int, MocaError]:
-        """What any rank could not decode, from what this one could not: {item: error}. The
-        items of a step are numbered alike on all ranks, if all skipped the same before:
-        count, or it is a MocaError."""
+        """What the ranks could not decode, merged: {item's number in the step:
+        error}, alike on every rank. failed: this rank's. count: how many records it
+        has skipped so far; if the ranks disagree, equal numbers mean different
+        records, and that is a MocaError."""
         parts = [(count, failed)]
         if self.group:
             parts = [(0, {})] * self.ranks
             dist.all_gather_object(parts, (count, failed), self.group)
 
         # A disk may fail one rank and not another.
-        if len({skipped for skipped, _ in parts}) > 1:
+        if len({skip_count for skip_count, _ in parts}) > 1:
             raise MocaError(f"{self.path.name}: one rank could read what another could not: see "
                             "to the disk, and go on with --resume")
         return dict(ChainMap(*(found for _, found in parts)))

@@ -3,7 +3,7 @@
 Plain functions, each of which does one thing; the two loops stand in the scripts,
 train_cpt.py and train_cl.py, which call them in this order:
 
-    guarded            looks first at what the run may touch
+    guarded            before all: --plan, or a claim on --output (see plan/)
     open_checkpoint    find the model to start from; its shapes and processor
     skip_list          where unusable records are listed
     make_optimizer     AdamW over all that is trained
@@ -52,8 +52,9 @@ UNDER_WAY: list[Future] = []
 
 
 def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], None]:
-    """A script's `train`, behind what plan/ looks at first: --plan, and else whether the run
-    is alone in its --output, over nothing that it reads."""
+    """Wrap a script's `train`: with --plan print the estimate and return; else
+    claim --output, which no other run may use and none of this run's inputs may lie
+    in, and train."""
 
     @wraps(train)
     def checked(flags: CommonFlags) -> None:
@@ -64,7 +65,8 @@ def guarded(train: Callable[[CommonFlags], None]) -> Callable[[CommonFlags], Non
         if flags.plan:
             return print_estimate(flags)
         with claim_output(flags):
-            # The output is ours until nothing is written there, also after an error.
+            # Keep the claim until the last checkpoint is written, also after an
+            # error.
             try:
                 train(flags)
             finally:
@@ -218,26 +220,26 @@ class Log:
                 self.path = self.path.replace(self.path.with_suffix(""))
 
 
-def update(step: int, losses: Tensor, flags: CommonFlags, model: nn.Module,
+def update(step: int, totals: Tensor, flags: CommonFlags, model: nn.Module,
            optimizer: Optimizer, sources: list[str]) -> tuple[list[float], dict[str, float]]:
     """The end of a step: clip the gradients, move the weights, drop the gradients.
 
-    step: from 1. losses: one or more figures of the step over all ranks, as `World.total`
-    gives them. sources: this rank's records of it. Returns these figures as numbers, and
-    what else the log says of the step, {"lr", "grad_norm"}. MocaError if losses or
-    gradients are not finite; it names the records. The weights do not move then, and the
-    last checkpoint is from before the step.
+    step: from 1. totals: figures of the step over all ranks, as `World.total` gives
+    them, such as its losses. sources: this rank's records of it. Returns the totals
+    as numbers, and what else the log says of the step, {"lr", "grad_norm"}.
+    MocaError if totals or gradients are not finite; it names the records. The
+    weights do not move then, and the last checkpoint is from before the step.
     """
     # The norm over all parameters and ranks, before clipping.
     norm = nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     # Here the host waits for the device, and reads all that it has to know at once.
-    *values, norm = torch.cat([losses, norm.view(1)]).tolist()
+    *values, grad_norm = torch.cat([totals, norm.view(1)]).tolist()
 
     # One step with nan would spoil every weight for good.
     named = [("loss", value) for value in values]
-    for name, value in [*named, ("gradient norm", norm)]:
+    for name, value in [*named, ("gradient norm", grad_norm)]:
         if not math.isfinite(value):
             raise MocaError(f"step {step}: the {name} is {value}; the weights keep their last "
                             f"good state. Lower --learning-rate, or look at the records, "
@@ -249,7 +251,7 @@ def update(step: int, losses: Tensor, flags: CommonFlags, model: nn.Module,
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return values, {"lr": rate, "grad_norm": norm}
+    return values, {"lr": rate, "grad_norm": grad_norm}
 
 
 def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
@@ -258,7 +260,7 @@ def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
     rising = max(1, round(steps * warmup))
     if step < rising:
         return (step + 1) / rising
-    return (steps - step) / max(1, steps - rising)
+    return (steps - step) / (steps - rising)
 
 
 def save_progress(step: int, flags: CommonFlags, world: World, model: nn.Module,

@@ -1,19 +1,19 @@
 """Checkpoints in, strictly.
 
-Tensors are called differently by the versions that wrote them, and lie in one file or in
-many: convert/shards.py finds them, in every layout that there was. AutoModel, and so
-sentence-transformers, saves no output head. A model that shares it with the
-embedding lacks nothing then; of another one the head is missing.
+Tensors are called differently by the versions that wrote them, and lie in one file
+or in many: convert/shards.py finds them, in every layout that there was. What
+AutoModel saved (and so sentence-transformers) has no output head. If the model's
+head is its embedding, nothing is lost; otherwise the checkpoint is refused.
 
 Every tensor that the model needs must be there exactly once, with its shape, and
 nothing else may be: if a missing key goes unnoticed, the model runs and its output
 is nonsense (transformers 5 loads MoCa's own checkpoints that way). So names and
 shapes are matched first, from the files' headers. Then tensors are read one at a
 time, so that memory never holds the weights twice, and each rank of a sharded model
-keeps its part. The vision tower's MLPs get zeros behind them when they are loaded, and
-lose them when they are saved (`stored_part`). We save (convert/export.py) in the hub's
-layout, which every reader knows; a family that is younger than it in its own
-(`Config.saved_names`).
+keeps its part. The vision tower's MLPs get zeros behind them when they are loaded,
+and lose them when they are saved (`stored_part`). We save (convert/export.py)
+Qwen2-VL and 2.5 under the hub's older names, which all readers know, and Qwen3-VL
+under its own (`Config.saved_names`).
 
 A checkpoint may come from a stranger, or of a run that diverged: the shards that an
 index names lie in its folder, and weights are floating-point numbers and finite.
@@ -94,6 +94,8 @@ def find_weights(folder: Path, model: VLM, allow_extra: bool = False) -> Found:
     # head may be stored too: load_weights compares it with the embedding.
     needed: dict[str, tuple[int, ...]] = {}
     for name, weight in model.named_weights():
+        # The shape of the stored part, found by indexing a tensor that has no
+        # memory.
         shape = torch.empty(weight.shape, device="meta")[stored_part(name, model.config)].shape
         needed[name] = tuple(shape)
     table = (model.config.stored_vocabulary, model.config.width)
@@ -183,7 +185,8 @@ def add_mask_token(stored: Tensor, token: int, vocabulary: int) -> Tensor:
     stored: as in the file, [V, D], or shorter if the vocabulary grew. token: the
     mask token's id. vocabulary: V.
     """
-    # It starts as the mean of all tokens before it, and so does what was added.
+    # It starts as the mean embedding of all tokens before it, and so does any other
+    # row that was added.
     mean = stored[:token].float().mean(0).to(stored.dtype)  # [D]
     weight = torch.cat([stored, mean.expand(vocabulary - len(stored), -1)])  # [V, D]
     weight[token] = mean

@@ -101,6 +101,18 @@ def test_arms_share_stage_1_and_nothing_is_done_twice(made: list, tmp_path: Path
         "full": 3, "no-documents": 2, "mixed": 2}
 
 
+def test_a_run_with_a_first_look_alone_goes_on(made: list, tmp_path: Path) -> None:
+    """Stage 1 writes scores long before its end: what tells that it is done is its model."""
+    ablate.ablate(flags("full", 1, tmp_path))
+    for folder in tmp_path.iterdir():
+        if (folder / "scores.json").exists():
+            (folder / "model").rename(folder / "model.new")
+    (tmp_path / "ablations.json").unlink()
+    made.clear()
+    ablate.ablate(flags("full", 1, tmp_path))
+    assert [what for what, _ in made] == ["stage 1", "stage 2"]
+
+
 def test_side_by_side_makes_the_same_runs(made: list, tmp_path: Path) -> None:
     """Arms that share a stage 1 wait for it; each run is made once."""
     ablate.ablate(Flags("full,mixed,none", 2, str(tmp_path), at_once=4))

@@ -43,6 +43,10 @@ def find_files(path: Path, pattern: str, suffixes: Sequence[str], seen: set | No
         raise MocaError(f"{error.filename} cannot be listed ({reason(error)}): {advice}")
 
     if not os.path.isdir(path):
+        # load_records and load_tasks look for such a file only if more is asked.
+        if path.name.partition(":")[0] == "builtin" and not path.exists():
+            raise MocaError(f"{path}: the built-in data takes no --cap, and no other data "
+                            "beside it: leave one of them out")
         return [regular_file(path)]
     seen = set() if seen is None else seen
     files = []
