@@ -47,7 +47,6 @@ from nano_moca.builtin import (
     SPLITS,
     BuiltinRecords,
     Palette,
-    builtin_tasks,
     factor_tasks,
 )
 from nano_moca.config import BASE
@@ -127,39 +126,35 @@ def draw_captions() -> Figure:
 # --- what a caption finds -------------------------------------------------------------------------
 
 
-def draw_search(queries: tuple[int, int] = (24, 18)) -> Figure:
-    """Two captions, each among 600 unseen scenes: one of labelled symbols, one of symbols that
-    only stage 1 saw. The five nearest scenes before training, after stage 2 alone and after both
-    stages, the right one framed."""
-    tasks = {"symbols of the labelled pairs": builtin_tasks("test")["caption-to-scene"],
-             "symbols that no labelled pair showed": factor_tasks("test")[UNLABELLED[1]]}
-    models = {"before: a captioner": nano_moca.load(BASE, "cpu", None, "causal", "last"),
+def draw_search(query: int = 18) -> Figure:
+    """A caption of symbols that only stage 1 saw, among 593 unseen scenes: the five nearest
+    before training, after stage 2 alone and after both stages, the right one framed."""
+    task = factor_tasks("test")[UNLABELLED[1]]
+    models = {"a captioner": nano_moca.load(BASE, "cpu", None, "causal", "last"),
               "stage 2 alone": nano_moca.load(STAGE_2_ALONE, "cpu", processor=BASE),
-              "after both stages": nano_moca.load(EMBEDDER, "cpu")}
-    figure = plt.figure(figsize=(11, 6.6))
-    for half, ((what, task), query) in enumerate(zip(tasks.items(), queries, strict=True)):
-        asked = task[query].query.text.removeprefix("Find a picture: ").removesuffix(END)
-        top = 1 - half / 2
-        figure.text(0.01, top - 0.03, f"“{asked}”", fontsize=16, color=INK, va="center")
-        figure.text(0.99, top - 0.03, what, fontsize=11.5, color=GREY, ha="right", va="center")
-        for line, (name, moca) in enumerate(models.items()):
-            ranking = rank_pairs(task, lambda records, moca=moca: moca.embed(records).numpy())
-            places, of = ranking.places(), len(ranking.candidates)
-            found = ranking.scores()["recall@10"]
-            print(f"{what}, {name}: recall@10 {found:.3f}, query {query}: {places[query]} of {of}")
+              "both stages": nano_moca.load(EMBEDDER, "cpu")}
+    figure = plt.figure(figsize=(11, 3.7))
+    asked = task[query].query.text.removeprefix("Find a picture: ").removesuffix(END)
+    figure.text(0.01, 0.93, f"“{asked}”", fontsize=18, color=INK, va="center")
+    for line, (name, moca) in enumerate(models.items()):
+        ranking = rank_pairs(task, lambda records, moca=moca: moca.embed(records).numpy())
+        places, of = ranking.places(), len(ranking.candidates)
+        found = ranking.scores()["recall@10"]
+        print(f"{name}: recall@10 {found:.3f}, query {query}: {places[query]} of {of}")
 
-            # Beside the pictures: where the right one stands, and how often it is among the first.
-            bottom = top - 0.185 - 0.145 * line
-            figure.text(0.01, bottom + 0.045, f"{name}\nright one: {places[query]} of {of}\n"
-                        f"in the first ten:\n{found:.0%} of {len(places)} captions",
-                        fontsize=10.5, color=INK, va="center")
-            nearest = np.argsort(-ranking.similarities[query], kind="stable")
-            for number, answer in enumerate(nearest[:5]):
-                axis = figure.add_axes((0.185 + 0.164 * number, bottom, 0.152, 0.09))
-                axis.imshow(ranking.candidates[answer].images[0], aspect="auto")
-                axis.set(xticks=[], yticks=[])
-                right = answer == ranking.right[query]
-                axis.spines[:].set(edgecolor=BLUE if right else "white", linewidth=5)
+        # Beside the pictures: where the right one stands, and how often it is among the first.
+        bottom = 0.62 - 0.29 * line
+        figure.text(0.01, bottom + 0.165, name, fontsize=14, color=INK, va="center")
+        figure.text(0.01, bottom + 0.055, f"right one: place {places[query]}\n"
+                    f"in the first ten: {found:.0%} of {len(places)}",
+                    fontsize=11, color=GREY, va="center")
+        nearest = np.argsort(-ranking.similarities[query], kind="stable")
+        for number, answer in enumerate(nearest[:5]):
+            axis = figure.add_axes((0.235 + 0.155 * number, bottom, 0.143, 0.2))
+            axis.imshow(ranking.candidates[answer].images[0], aspect="auto")
+            axis.set(xticks=[], yticks=[])
+            right = answer == ranking.right[query]
+            axis.spines[:].set(edgecolor=BLUE if right else "white", linewidth=5)
     return figure
 
 
@@ -234,11 +229,12 @@ CLAIMS: dict[str, tuple[str, str]] = {
 
 def compared(ours: np.ndarray, others: np.ndarray) -> tuple[str, bool]:
     """The difference of two means in points, with its 95 % interval if there are two runs of each;
-    and whether that is clear of zero."""
+    and whether that is clear of zero, by at least three standard errors."""
     gap, half = difference(ours, others)
     if np.isnan(half):
         return f"{100 * gap:+.1f}", False
-    return f"{100 * gap:+.1f} ± {100 * half:.1f}", abs(gap) > half
+    error = np.sqrt(ours.var(ddof=1) / len(ours) + others.var(ddof=1) / len(others))
+    return f"{100 * gap:+.1f} ± {100 * half:.1f}", abs(gap) > max(half, 3 * error)
 
 
 def findings_table(results: dict) -> str:

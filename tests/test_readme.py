@@ -31,7 +31,7 @@ import train_cpt
 from measures import (
     PACKAGE, ROOT, SCRIPTS, beside_files, code_lines, imports, is_beside, module_name, road_files,
 )
-from nano_moca.ablate import SYMBOLS, measure
+from nano_moca.ablate import SYMBOLS, UNLABELLED, measure
 from nano_moca.flags import parse_flags
 
 pytestmark = pytest.mark.repository
@@ -54,39 +54,39 @@ def builtin_scores() -> dict:
     return json.loads(read(ROOT / "notebooks" / "figures" / "ablations.json"))
 
 
+# The arms of the README's table, in the words that it has for them; and the paper's figures, read
+# off its plots.
+ROWS = {"full": "**both stages**", "mae": "stage 1 on patches alone",
+        "mlm": "stage 1 on words alone", "none": "no stage 1",
+        "causal": "no stage 1, attention kept causal"}
+PAPER = {"full": 67.5, "mae": 66.2, "mlm": 66.8, "none": 65.4, "causal": 66.4}
+
+
 def result_lines(results: dict) -> str:
-    """One result, on the symbols that no labelled pair showed: three sentences."""
-    names = ("full", "none", "causal", "mlm", "mae")
-    values = {name: measure(results[name], SYMBOLS) for name in names}
-    said = {}
+    """One result, on the symbols that no labelled pair showed: a table, and what follows."""
+    values = {name: measure(results[name], SYMBOLS) for name in ROWS}
+    runs = sorted({len(found) for found in values.values()})
+    count = f"{runs[0]} to {runs[-1]}" if len(runs) > 1 else f"{runs[0]}"
+    lines = [f"| | recall@10: mean of {count} runs (least to most) | the paper: 3B, MMEB |",
+             "| --- | --- | --- |"]
     for name, found in values.items():
-        said[name] = f"{found.mean():.2f}"
-        if len(found) > 1:
-            said[name] += f" ({found.min():.2f} to {found.max():.2f})"
-    runs = {len(values[name]) for name in ("full", "none", "causal")}
-    count = f"{min(runs)} to {max(runs)}" if len(runs) > 1 else f"{min(runs)}"
+        said = f"{found.mean():.2f} ({found.min():.2f} to {found.max():.2f})"
+        lines.append(f"| {ROWS[name]} | {said} | {PAPER[name]} |")
     chance = measure(results["full"], (SYMBOLS[0], "chance recall@10")).mean()
+    lines.append(f"| guessing | {chance:.3f} | |")
 
     # What follows from these figures, whichever way they fall.
-    full, none, causal, mlm, mae = values.values()
+    full, mae, mlm, none, causal = values.values()
     others = max(none.max(), causal.max())
+    verdict = "The runs with stage 1 and those without it overlap: nothing is shown."
+    if full.min() > others:
+        verdict = (f"The worst run of both stages ({full.min():.3f}) is above the best one "
+                   f"without stage 1 ({others:.3f}).")
     agrees = "Unlike in the paper, the two losses of stage 1 together are not the best."
     if full.mean() > max(mlm.mean(), mae.mean()):
         agrees = "As in the paper, the two losses of stage 1 together are the best."
-    verdict = "The runs overlap, so this is not shown."
-    if full.min() > others:
-        verdict = (f"The worst run with stage 1 ({full.min():.3f}) is above the best without it "
-                   f"({others:.3f}).")
-    return (f"After both stages recall@10 is **{said['full']}**, without stage 1 {said['none']}, "
-            f"and {said['causal']} if attention stays causal too\n(means, and range, of "
-            f"{count} runs with different seeds). {verdict} Guessing gives {chance:.3f}; who sees "
-            f"colours\nalone gets {4 * chance:.3f}.\n\n"
-            f"{agrees} Words alone reach {said['mlm']} "
-            f"({len(mlm)} run{'s'[: len(mlm) > 1]}) and patches alone "
-            f"{said['mae']} ({len(mae)} run{'s'[: len(mae) > 1]}).\n"
-            "The paper's own figures (3B, MMEB, read off its plots): both stages 67.5, words alone "
-            "66.8, patches alone 66.2, without stage 1 65.4,\nand 66.4 if attention stays causal "
-            "too.\n")
+    return ("\n".join(lines) + f"\n\n{verdict} To see colours and no symbols would give "
+            f"{4 * chance:.3f}.\n{agrees}\n")
 
 
 def limit_lines(results: dict) -> str:
@@ -98,13 +98,13 @@ def limit_lines(results: dict) -> str:
                                               ("scene-to-caption", "caption-to-scene")))
                      for what in ("labelled symbols", "unlabelled symbols", "places"))
     own, mixed = (percent(figure, "mixed shelf") for figure in ("own shelf recall@1", "recall@1"))
-    return (f"- *What* is in a picture it knows better than *where*: the right answer is nearer "
-            f"than {named} of its near twins with another symbol\n  (of symbols that no labelled "
-            f"pair showed: {new}), and than {placed} of those with its symbols in other places "
-            "(guessing: 50 %).\n"
-            f"- Its index should hold one kind of thing. The right answer comes first in {own} of "
-            f"the searches among answers of one kind, and in\n  {mixed} among pictures, pages and "
-            "texts together.\n")
+    return (f"- *Where* is harder for it than *what*. The right answer comes before a near twin "
+            f"with another symbol in {named} of the cases\n  ({new} if no labelled pair showed "
+            f"the symbols). It comes before a twin with the same symbols in other places in "
+            f"{placed}.\n  Guessing gives 50 %.\n"
+            f"- Keep one kind of thing in an index. Among answers of one kind the right one comes "
+            f"first in {own} of the searches;\n  among pictures, pages and texts together in "
+            f"{mixed}.\n")
 
 
 def printed(code: str) -> str:
@@ -156,7 +156,7 @@ def test_lines_are_counted_right(page: Path) -> None:
 def test_figures_are_the_measured_ones() -> None:
     """Each mean, range and number of runs follows from ablations.json; pictures are counted."""
     assert with_figures(read(README)) == read(README)
-    scores = builtin_scores()["full"]["seed 0"]["tasks"]["caption-to-scene"]
+    scores = builtin_scores()["full"]["seed 0"]["tasks"][UNLABELLED[1]]
     assert f"among {scores['candidates']} that were not trained on" in read(README)
 
 
@@ -175,11 +175,10 @@ def test_the_lines_of_python_print_what_is_said() -> None:
 
 def test_minutes_are_no_longer_than_in_the_table() -> None:
     """Both stages' minutes; the runs of the ablations had another beside them, so took longer."""
-    said = re.search(r"take about (\d+) minutes \(([\d.]+) and ([\d.]+);",
-                     read(README)).groups()
-    total, *stages = map(float, said)
+    stages = [float(minutes) for minutes in
+              re.findall(r"# stage \d: ([\d.]+) minutes", read(README))]
     measured = np.mean([run["minutes"] for run in builtin_scores()["full"].values()], axis=0)
-    assert abs(total - sum(stages)) <= 1
+    assert len(stages) == 2
     assert all(0.25 * theirs < ours < 1.2 * theirs
                for ours, theirs in zip(stages, measured, strict=True))
 
