@@ -274,7 +274,7 @@ def plot_length(axis: Any, shown: list[str], results: Table) -> None:
     axis.plot(steps, [seeds.mean() for seeds in values], color="#1f4e9c")
     for step, seeds in zip(steps, values, strict=True):
         axis.plot([step] * len(seeds), seeds, "o", color="#222222", markersize=4)
-    axis.set(title=LENGTH, xscale="log", xlabel="steps of stage 1", ylim=(0, None))
+    axis.set(title=LENGTH, xscale="log", xlabel="steps of stage 1", ylim=(0, 1.02))
     ticks = [200, 500, 1000, 2000, 4000, 8000]
     axis.set_xticks(ticks, [f"{step:,}" for step in ticks])
     axis.minorticks_off()
@@ -306,7 +306,7 @@ def plot(figure: Any, results: Table) -> None:
             chance = measure(results[arm], (judge[0], f"chance {judge[1]}")).mean()
             axis.axvline(chance, color="#c8452c", linestyle=":")
         axis.set_yticks(range(len(shown)), [ARMS[arm].about for arm in shown])
-        axis.set(title=title, xlim=(0, None))
+        axis.set(title=title, xlim=(0, 1.02))
         axis.invert_yaxis()
     figure.supxlabel("recall@10 (of text-only pairs: recall@1) of unlabelled symbols, or as "
                      "titled; dashed: both stages; dotted: chance")

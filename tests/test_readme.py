@@ -100,9 +100,10 @@ def limit_lines(results: dict) -> str:
                                               ("scene-to-caption", "caption-to-scene")))
                      for what in ("labelled symbols", "unlabelled symbols", "places"))
     own, mixed = (percent(figure, "mixed shelf") for figure in ("own shelf recall@1", "recall@1"))
-    return (f"- *Where* is harder for it than *what*. The right answer beats a near twin (guessing: "
-            f"50 %) in {named} of the cases\n  if one symbol differs, {new} if these are symbols of "
-            f"stage 1 alone, and {placed} if the same symbols stand in other places.\n"
+    return ("- *Where* is harder for it than *what*. The right answer beats a near twin "
+            f"(guessing: 50 %) in {named} of the cases\n  if one symbol differs, {new} if these "
+            f"are symbols of stage 1 alone, and {placed} if the same symbols stand in other "
+            "places.\n"
             "- Keep one kind of thing in an index. The right answer comes first in "
             f"{own} of the searches among answers of one kind,\n  and in {mixed} among pictures, "
             "pages and texts together.\n")
