@@ -87,24 +87,34 @@ def draw_history(history: Sequence[dict], guess_loss: float, guess_accuracy: flo
     plt.show()
 
 
-def draw_diagonal(matrices: dict[int, np.ndarray]) -> None:
-    """Cosines of held-out captions and scenes after so many steps."""
+def draw_diagonal(matrices: dict[int, np.ndarray], groups: Sequence[str]) -> None:
+    """Cosines of held-out captions and scenes after so many steps.
+
+    groups: the block that each belongs to; those of one block stand side by side.
+    """
     figure, axes = plt.subplots(1, len(matrices), figsize=(13, 3.9))
+    names = list(dict.fromkeys(groups))
+    starts = np.array([list(groups).index(name) for name in names] + [len(groups)])
     for axis, (step, matrix) in zip(axes, matrices.items()):
         shown = show_matrix(axis, matrix)
         right = (matrix.argmax(1) == np.arange(len(matrix))).sum()
         axis.set(title=f"after {step} steps\nfound: {right} of {len(matrix)}",
                  xlabel=f"{len(matrix)} scenes")
+        for edge in starts[1:-1]:
+            axis.axvline(edge - 0.5, color="white", linewidth=1)
+            axis.axhline(edge - 0.5, color="white", linewidth=1)
     axes[0].set_ylabel(f"{len(matrix)} captions")
+    axes[0].set_yticks((starts[:-1] + starts[1:] - 1) / 2, names, fontsize=10)
+    axes[0].tick_params(length=0)
     figure.colorbar(shown, ax=axes, label="cosine", shrink=0.75)
     plt.show()
 
 
-def draw_temperatures(cosines: Tensor, own: int, twins: Sequence[int],
-                      temperatures: Sequence[float], count: int = 20) -> None:
+def draw_temperatures(cosines: Tensor, own: int, temperatures: Sequence[float],
+                      count: int = 20) -> None:
     """One query's nearest candidates: cosines, and the softmax at several temperatures."""
     order = cosines.argsort(descending=True)[:count].tolist()
-    colours = [BLUE if j == own else RED if j in twins else GREY for j in order]
+    colours = [BLUE if j == own else GREY for j in order]
     _, axes = plt.subplots(1, 1 + len(temperatures), figsize=(13, 3.5))
     highest = 1.1 * float((cosines / min(temperatures)).softmax(0).max())
     axes[0].bar(range(count), cosines[order], color=colours)
@@ -117,7 +127,7 @@ def draw_temperatures(cosines: Tensor, own: int, twins: Sequence[int],
     axes[1].set_ylabel("softmax")
     for axis in axes[2:]:
         axis.set_yticklabels([])
-    for colour, name in ((BLUE, "right answer"), (RED, "its twins"), (GREY, "other scenes")):
+    for colour, name in ((BLUE, "right answer"), (GREY, "other scenes")):
         axes[1].bar(0, 0, color=colour, label=name)
     axes[1].legend(fontsize=10, frameon=False)
     plt.show()
@@ -126,9 +136,9 @@ def draw_temperatures(cosines: Tensor, own: int, twins: Sequence[int],
 def draw_push(temperatures: np.ndarray, curves: dict[str, list[float]], alike: float) -> None:
     """Which negatives get the gradient, over the temperature."""
     _, axis = plt.subplots(figsize=(8, 3.9))
-    for (name, values), colour in zip(curves.items(), (GREY, BLUE, RED)):
+    for (name, values), colour in zip(curves.items(), (RED, GREY)):
         axis.plot(temperatures, values, color=colour, linewidth=2.5, label=name)
-    axis.axhline(alike, color="black", linestyle=":", label="three of them, were all alike")
+    axis.axhline(alike, color="black", linestyle=":", label="3 of 63, if all were pushed equally")
     axis.axvline(0.03, color="black", linestyle="--", linewidth=1.5)
     axis.text(0.031, 1.07, "MoCa: 0.03")
     axis.set(xscale="log", xlabel="temperature", ylim=(0, 1.15),
