@@ -168,12 +168,12 @@ def train(flags: Flags) -> None:
         #    rate; AdamW's step; drop the gradients.
         sources = [record.source for record in drawn.records]
         totals = world.total(loss.detach(), correct)
-        (step_loss, hits), figures = update(step, totals, flags, model, optimizer, sources)
+        (step_loss, correct_count), figures = update(step, totals, flags, model, optimizer, sources)
 
         # 6. Every rank saves its part of the checkpoint, the main rank writes the log.
         seconds = time.perf_counter() - started
         log.write({"step": step, "loss": step_loss, "task": drawn.task,
-                   "accuracy": hits / drawn.batch, **figures, "tokens": drawn.tokens,
+                   "accuracy": correct_count / drawn.batch, **figures, "tokens": drawn.tokens,
                    "tokens_per_second": drawn.tokens / seconds})
         if step % flags.save_every == 0 or step == flags.steps:
             save_progress(step, flags, world, model, optimizer, data_state, log)

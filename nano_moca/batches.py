@@ -208,8 +208,8 @@ class TokenBatches(Steps):
         return StepRecords(micro_batches, tokens, dict(self.state))
 
     def fill(self, taken: list[tuple[int, EncodedRecord]], least: int) -> None:
-        """Take records until one would exceed the budget, and at least so many.
-        That one opens the next step."""
+        """Add records to `taken` until the next one would exceed the budget, which then
+        opens the next step; but `least` of them in any case."""
         tokens = sum(len(record.tokens) for _, record in taken)
         while True:
             number, record = self.next_usable()

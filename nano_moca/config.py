@@ -19,7 +19,7 @@ class VisionConfig:
     heads: int
     mlp_width: int
     out_width: int  # the decoder's width
-    act: str  # silu: 2.5, with RMSNorm, SwiGLU; quick_gelu: 2, with LayerNorm, MLP
+    act: str  # silu: RMSNorm, SwiGLU (Qwen2.5); quick_gelu: LayerNorm, MLP (Qwen2); else Qwen3's
     window: int  # side of an attention window in pixels, 0 for none
     full_blocks: tuple[int, ...]  # that attend to the full image (without windows, all do)
     patch: int  # side of a patch in pixels

@@ -50,8 +50,8 @@ class Joined(ConcatDataset):
 
     def __init__(self, parts: Iterable[Sequence]) -> None:
         super().__init__(parts)
-        parts_known = "".join(getattr(part, "fingerprint", "") for part in self.datasets)
-        self.fingerprint = hashlib.sha256(parts_known.encode()).hexdigest()
+        digests = "".join(getattr(part, "fingerprint", "") for part in self.datasets)
+        self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()
 
         # Whether some are read by groups, since a single row costs a whole group:
         # see batches.shuffle.

@@ -63,9 +63,9 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
     # Filled record by record: the tokens as the model sees them, what is masked, in
     # ascending order, and the noise.
     shown = batch.tokens.clone()  # [T]
-    masked_tokens = []  # in the end [R]
-    masked_groups = []  # in the end [G]
-    noise = []  # in the end [G, 4, 1176]
+    masked_tokens: list[Tensor] = []  # in the end [R]
+    masked_groups: list[Tensor] = []  # in the end [G]
+    noise: list[np.ndarray] = []  # in the end [G, 4, 1176]
     vision = processor.config.vision
     group_shape = (vision.merge**2, vision.patch_values)  # 4 patches, 1176 values
 
@@ -80,26 +80,26 @@ def mask_batch(batch: Batch, processor: Processor, text_rate: float, image_rate:
         # token is masked.
         own_tokens = start + maskable[start:end].nonzero().flatten()  # their places in T
         uniform = torch.from_numpy(text_rng.random(len(own_tokens), np.float32))
-        own_masked = own_tokens[uniform < text_rate]
-        masked_tokens.append(own_masked)
+        chosen_tokens = own_tokens[uniform < text_rate]
+        masked_tokens.append(chosen_tokens)
 
         # What is seen there: below u the word itself, below 2u a random one, else
         # the mask token.
-        fate = torch.from_numpy(text_rng.random(len(own_masked), np.float32))
-        drawn = text_rng.integers(len(processor.ordinary_tokens), size=len(own_masked))
+        fate = torch.from_numpy(text_rng.random(len(chosen_tokens), np.float32))
+        drawn = text_rng.integers(len(processor.ordinary_tokens), size=len(chosen_tokens))
         random_words = processor.ordinary_tokens[drawn]
-        shown[own_masked] = torch.where(fate < unhidden, shown[own_masked], random_words)
-        shown[own_masked[fate >= 2 * unhidden]] = processor.mask_token
+        shown[chosen_tokens] = torch.where(fate < unhidden, shown[chosen_tokens], random_words)
+        shown[chosen_tokens[fate >= 2 * unhidden]] = processor.mask_token
 
         # Image: one uniform number per group of this record ...
         inside = (batch.image_index >= start) & (batch.image_index < end)  # [J]
         own_groups = inside.nonzero().flatten()  # their places in J
         uniform = torch.from_numpy(image_rng.random(len(own_groups), np.float32))
-        own_masked = own_groups[uniform < image_rate]
-        masked_groups.append(own_masked)
+        chosen_groups = own_groups[uniform < image_rate]
+        masked_groups.append(chosen_groups)
 
         # ... and standard normal noise in place of the pixels of each masked one.
-        noise.append(image_rng.standard_normal((len(own_masked), *group_shape), np.float32))
+        noise.append(image_rng.standard_normal((len(chosen_groups), *group_shape), np.float32))
 
     text_index = torch.cat(masked_tokens)  # [R]
     noised = torch.cat(masked_groups)  # [G], in the order of their noise

@@ -37,7 +37,7 @@ from stages import draw_stages
 
 import nano_moca
 import train_cpt
-from nano_moca.ablate import ARMS, SYMBOLS, UNLABELLED, Judge, difference, measure
+from nano_moca.ablate import ARMS, SYMBOLS, T_975, UNLABELLED, Judge, difference, measure
 from nano_moca.batches import TokenBatches
 from nano_moca.builtin import (
     END,
@@ -233,7 +233,7 @@ def compared(ours: np.ndarray, others: np.ndarray) -> tuple[str, bool]:
     gap, half = difference(ours, others)
     if np.isnan(half):
         return f"{100 * gap:+.1f}", False
-    error = np.sqrt(ours.var(ddof=1) / len(ours) + others.var(ddof=1) / len(others))
+    error = half / T_975[min(len(ours), len(others), 10) - 1]
     return f"{100 * gap:+.1f} ± {100 * half:.1f}", abs(gap) > max(half, 3 * error)
 
 

@@ -87,7 +87,7 @@ def result_lines(results: dict) -> str:
         agrees += " There words alone beat patches alone; here it is the other way round."
     if abs(causal.mean() - none.mean()) < 0.02:
         agrees += ("\nThere a model without stage 1 is better if it stays causal; here that makes "
-                   "no difference: neither finds the symbols.")
+                   "no difference.")
     return "\n".join(lines) + f"\n\n{agrees}\n"
 
 
